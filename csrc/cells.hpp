@@ -150,17 +150,18 @@ struct GruResetBefore {
   static constexpr int GATE[PRE] = {0, 1, 2};
   static constexpr bool CARRIES = true;
 
-  // The operand of the late slot, q = r h_{t-1}.
+  // The operand of the late slot; leaves r in a[R] for forward.
   template <class M, class V>
-  RNNFAST_CELL void reset(const V* a, V c_prev, V& q) {
-    q = M::sigmoid(a[R]) * c_prev;  // q = σ(a_r) h_{t-1}
+  RNNFAST_CELL void reset(V* a, V c_prev, V& q) {
+    a[R] = M::sigmoid(a[R]);  // r = σ(a_r)
+    q = a[R] * c_prev;        // q = r h_{t-1}
   }
   template <class M, class V>
   RNNFAST_CELL void forward(const V* a, const V*, V c_prev, V* kept, V& c, V& h) {
     const V z = M::sigmoid(a[Z]);  // z = σ(a_z)
     const V n = M::tanh(a[N]);     // n = tanh(W x + b + U q)
     h = c = n + z * (c_prev - n);  // h_t = (1 − z) n + z h_{t-1}
-    kept[KR] = M::sigmoid(a[R]), kept[KZ] = z, kept[KN] = n;
+    kept[KR] = a[R], kept[KZ] = z, kept[KN] = n;
   }
   template <class M, class V>
   RNNFAST_CELL void backward(const V* kept, const V*, V c_prev, V, V dh, V& dc, V* da) {
