@@ -45,6 +45,8 @@ class Module:
     """
 
     max_tapes = 1024  # forwards that may wait for their backward; more is a forgotten eval(), and raises
+    recurrent = False  # True where the interface is y, state = f(x, state, lengths, reset), as in the layers
+    generator: np.random.Generator | None = None  # the module's own random stream (dropout), kept in checkpoints
     training: bool
     flat: Array  # (N,)
 
@@ -96,8 +98,8 @@ class Module:
         return self._flat_gradient
 
     def leaves(self) -> list[Module]:
-        """The modules whose flat arrays hold this module's parameters, each once: what an optimizer walks over."""
-        return [self] if self.flat.size else []
+        """The modules that hold parameters and random streams themselves, each once: what an optimizer walks over."""
+        return [self]
 
     def rows(self) -> tuple[int, NDArray[np.int64]] | None:
         """(width, the sorted rows of flat.reshape(-1, width) whose gradient may differ from 0), or None for all."""
