@@ -13,13 +13,15 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Array = NDArray[Any]
-Self = TypeVar("Self", bound="Module")
 
 
 class Module:
@@ -155,14 +157,14 @@ class Module:
 
     # ---- modes
 
-    def train(self: Self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Self:
         """Training mode: forwards keep tapes, parameters may be written. Returns the module."""
         self.training = bool(mode)
         for array in (self.flat, *self._parameters.values()):
             array.flags.writeable = self.training
         return self
 
-    def eval(self: Self) -> Self:
+    def eval(self) -> Self:
         """Inference mode: forwards keep nothing, parameters are read-only. Returns the module."""
         return self.train(False)
 
