@@ -1,0 +1,118 @@
+"""How two libraries are timed on one machine without fooling anyone.
+
+A `Side` is one library in one mode on one thread count, ready to run. Sides run in *blocks*: a settle (thread pools that still
+spin after a call go to sleep), one call that does not count, then calls of which the median counts. Blocks of the sides
+alternate, and what is reported is the median over rounds of the ratio of neighbouring blocks. Before every call the side's
+weights are written in place and the input is another one, so that nothing remembered can look free. Knows no library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+SETTLE = 0.012  # seconds: other libraries' pools spin for milliseconds after a call
+INPUTS = 4  # rotated
+
+
+@dataclasses.dataclass
+class Side:
+    """A library in one mode. `call(k)` runs once on input k; `touch(k)` changes a weight in place; `enter()` sets threads."""
+
+    library: str
+    mode: str
+    threads: int
+    call: Callable[[int], Any]
+    results: Callable[[int], dict[str, Array]]  # one call's outputs and gradients, by rnnfast's names
+    touch: Callable[[int], None] = lambda k: None
+    enter: Callable[[], None] = lambda: None
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds a call, block by block."""
+
+    side: Side
+    blocks: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.blocks)
+
+
+class Disagreement(AssertionError):
+    """Two sides do not compute the same, so that timing them would mean nothing."""
+
+
+def agree(ours: Side, peer: Side, tolerance: float) -> float:
+    """The largest difference over all results of one call, relative to each array's largest entry; raises beyond tolerance."""
+    ours.enter()
+    mine = ours.results(0)
+    peer.enter()
+    worst = 0.0
+    theirs = peer.results(0)
+    for name, b in theirs.items():
+        if name not in mine:
+            raise Disagreement(f"{peer.library} returns {name}, {ours.library} does not")
+        a = mine[name]
+        if a.shape != b.shape:
+            raise Disagreement(f"{name}: {ours.library} {a.shape}, {peer.library} {b.shape}")
+        if a.size:
+            scale = max(float(np.abs(b).max()), 1e-3)
+            difference = float(np.abs(a.astype(np.float64) - b).max()) / scale
+            if not difference <= tolerance:
+                raise Disagreement(f"{name}: {ours.library} and {peer.library} differ by {difference:.2e} > {tolerance:.2e}")
+            worst = max(worst, difference)
+    return worst
+
+
+def block(side: Side, seconds: float, first: int) -> tuple[float, int]:
+    """Median seconds a call over at least one call and about `seconds`; and the number of the next call."""
+    side.enter()
+    time.sleep(SETTLE)
+    k = first
+    side.touch(k)
+    side.call(k % INPUTS)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while not times or time.perf_counter() < until:
+        k += 1
+        side.touch(k)
+        start = time.perf_counter()
+        side.call(k % INPUTS)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), k + 1
+
+
+def fastest(sides: Sequence[Side], seconds: float = 0.03) -> Side:
+    """The side that is fastest in two short trials each: a library always gets its best mode and thread count."""
+    if len(sides) == 1:
+        return sides[0]
+    return min(sides, key=lambda side: min(block(side, seconds, 0)[0] for _ in range(2)))
+
+
+def alternate(sides: Sequence[Side], rounds: int = 7, seconds: float = 0.03) -> list[Timing]:
+    """Times the sides in alternating blocks; each round starts with another side."""
+    timings = [Timing(side, []) for side in sides]
+    k = 0
+    for r in range(rounds):
+        order = timings[r % len(timings) :] + timings[: r % len(timings)]
+        for timing in order:
+            figure, k = block(timing.side, seconds, k)
+            timing.blocks.append(figure)
+    return timings
+
+
+def ratio(slower: Timing, faster: Timing) -> tuple[float, float, float]:
+    """How many times as long `slower` takes: median and quartiles over the rounds."""
+    ratios = [a / b for a, b in zip(slower.blocks, faster.blocks, strict=True)]
+    if len(ratios) < 2:
+        return ratios[0], ratios[0], ratios[0]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
