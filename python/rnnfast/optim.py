@@ -116,7 +116,7 @@ class Optimizer:
                 raise ValueError(f"{self._name}: {name} must have shape {array.shape}, got {np.shape(state[name])}")
         for name, array in own.items():
             array[...] = state[name]
-        self.steps = int(state["steps"])
+        self.steps = int(np.asarray(state["steps"]).item())
 
 
 def _blocks(leaf: Module, arrays: list[Array]) -> Iterator[tuple[list[Array], Callable[[], None]]]:

@@ -50,7 +50,7 @@ class CheckpointError(InputError):
 class Run:
     """A training as callbacks see it, after every step. Setting `stop` ends it after the step.
 
-    step counts updates, batch those of this epoch; loss is the last batch's; rows is the history; seconds counts
+    step counts updates, batch those of this epoch; loss, norm and rate are the last update's; rows is the history; seconds counts
     time in all processes of the run; state is the carried state of a stateful run.
 
     >>> from rnnfast.dense import Linear
@@ -66,6 +66,7 @@ class Run:
     batch: int = 0
     loss: float = math.nan
     gradient_norm: float = math.nan
+    learning_rate: float = math.nan
     seconds: float = 0.0
     stop: bool = False
     state: Any = None
@@ -123,7 +124,7 @@ def save_checkpoint(
     new.mkdir()
     files = {}
     for name, arrays in (("model.safetensors", weights), ("training.safetensors", training)):
-        files[name] = _write(new / name, save({key: np.ascontiguousarray(value) for key, value in arrays.items()}))
+        files[name] = _write(new / name, save({key: np.asarray(value, order="C") for key, value in arrays.items()}))
     _write(new / "config.json", (json.dumps({**config, "files": files}, indent=1, allow_nan=False) + "\n").encode())
     _sync(new)
     if last.exists():
@@ -405,6 +406,7 @@ def fit(
                         run.gradient_norm = clip_global_norm(model, clip)
                         if not math.isfinite(run.gradient_norm):
                             raise FloatingPointError(f"the gradient is not finite at step {run.step}")
+                    run.learning_rate = optimizer.rate
                     optimizer.step()
                     run.state = state if stateful else None
                     run.step, run.batch = run.step + 1, run.batch + 1
@@ -458,7 +460,7 @@ def _add_row(run: Run, validation: Any, rate: float, stateful: bool, loss: Loss,
         run.stale = 0 if value < run.best else run.stale + 1
         if value < run.best:
             run.best, run.best_weights = value, run.model.state_dict() if keep_best else None
-    numbers = (run.step, run.epoch, run._sum / run._count, value, run.optimizer.rate, run.gradient_norm)
+    numbers = (run.step, run.epoch, run._sum / run._count, value, run.learning_rate, run.gradient_norm)
     run.rows.append(dict(zip(_COLUMNS, (*numbers, rate, run.seconds), strict=True)))
     run._sum, run._count = 0.0, 0
     if history is not None:

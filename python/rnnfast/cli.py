@@ -1,0 +1,210 @@
+"""The command line: `rnnfast lm train`, `rnnfast lm sample`, `rnnfast info`.
+
+Whatever the user gives that cannot be used ends in one line on stderr and exit code 2; Ctrl-C in 130. The work is
+lm.py's; this file knows only names, defaults and exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} on")
+        return value
+
+    return parse
+
+
+def _number(what: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not allowed(value):  # NaN fits nowhere
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {what}")
+        return value
+
+    return parse
+
+
+_above_0 = _number("above 0", lambda v: 0 < v < float("inf"))
+_from_0 = _number("from 0 on", lambda v: 0 <= v < float("inf"))
+_share = _number("in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .lm import CELLS, Config
+
+    d = Config()
+    top = _Parser(prog="rnnfast", description="Fast recurrent networks. See `rnnfast lm train --help`.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="version, CPU target in use, threads, CUDA")
+    info.set_defaults(run=_info)
+
+    lm = commands.add_parser("lm", help="a language model of bytes: train it, sample from it")
+    lm_commands = lm.add_subparsers(dest="lm_command", required=True, metavar="COMMAND")
+
+    train = lm_commands.add_parser(
+        "train",
+        help="train a language model on text",
+        description="Trains a language model on text, byte by byte; without arguments on the Python standard library's "
+        "own source, in about 5 minutes on 2 cores. Prints bits per byte and samples, and writes checkpoints, "
+        "history.csv and (with matplotlib) loss.png. Ctrl-C leaves a checkpoint; --resume goes on from it, bit for "
+        "bit as if never stopped.",
+    )
+    train.set_defaults(run=_train)
+    add = train.add_argument
+    add("--text", metavar="PATH", help="a text file, or a folder of them (default: the standard library's *.py)")
+    add("--out", metavar="DIR", default="rnnfast-lm", help="where the run is kept (default: %(default)s)")
+    how = train.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="continue the run in --out; options keep their values")
+    how.add_argument("--overwrite", action="store_true", help="start afresh in an --out that holds a run")
+    add("--stop-after", metavar="K", type=_whole(1), help="stop with a checkpoint after K steps of this call")
+    model = train.add_argument_group("the model and its training, fixed when the run starts")
+    add = model.add_argument
+    add("--cell", choices=CELLS, help=f"(default: {d.cell})")
+    add("--layers", metavar="N", type=_whole(1), help=f"recurrent layers (default: {d.layers})")
+    add("--hidden", metavar="N", type=_whole(1), help=f"units a layer (default: {d.hidden})")
+    add("--embedding", metavar="N", type=_whole(1), help=f"numbers a byte (default: {d.embedding})")
+    add("--dropout", metavar="P", type=_share, help=f"between layers (default: {d.dropout:g})")
+    add("--seq-length", metavar="T", type=_whole(1), help=f"steps of truncated BPTT (default: {d.seq_length})")
+    add("--batch-size", metavar="B", type=_whole(1), help=f"places read at once (default: {d.batch_size})")
+    add("--steps", metavar="N", type=_whole(1), help=f"updates; the rate falls to 0 over them (default: {d.steps})")
+    add("--learning-rate", metavar="X", type=_above_0, help=f"of Adam at the start (default: {d.learning_rate:g})")
+    add("--clip", metavar="X", type=_above_0, help=f"largest norm of the gradients (default: {d.clip:g})")
+    add("--seed", metavar="S", type=_whole(0), help=f"of the weights, dropout and samples (default: {d.seed})")
+    other = train.add_argument_group("what changes no weight")
+    add = other.add_argument
+    add(
+        "--every",
+        metavar="K",
+        type=_whole(1),
+        help="steps between rows of the history (default: steps/15, at most 250)",
+    )
+    add("--checkpoint-every", metavar="K", type=_whole(1), default=500, help="(default: %(default)s)")
+    add("--sample-every", metavar="K", type=_whole(0), default=500, help="0 for none (default: %(default)s)")
+    add("--threads", metavar="N", type=_whole(1), help="of the kernels (default: what the machine has)")
+
+    sample = lm_commands.add_parser("sample", help="write text with a trained model")
+    sample.set_defaults(run=_sample)
+    add = sample.add_argument
+    add("folder", metavar="DIR", help="the --out of a run")
+    add("--prompt", metavar="TEXT", default="", help="what the text goes on from")
+    add("--length", metavar="N", type=_whole(1), default=500, help="bytes to write (default: %(default)s)")
+    add("--temperature", metavar="X", type=_from_0, default=0.7, help="0: always the likeliest (default: %(default)s)")
+    add("--seed", metavar="S", type=_whole(0), help="the same seed writes the same text (default: a new one each time)")
+    return top
+
+
+def _info(args: argparse.Namespace) -> int:
+    import numpy as np
+    import rnnfast
+
+    build: Any = rnnfast
+    targets = list(build.targets())
+    for name, value in (
+        ("rnnfast", build.__version__),
+        ("CPU target", f"{targets[0]} (of {', '.join(targets)})" if targets else "none"),
+        ("threads", build.get_num_threads()),
+        ("CUDA", "yes" if getattr(build, "cuda_available", lambda: False)() else "no"),
+        ("Python", f"{sys.version.split()[0]}, NumPy {np.__version__}"),
+    ):
+        print(f"{name:12}{value}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    import rnnfast
+
+    from .lm import Config, train
+
+    if args.threads:
+        kernels: Any = rnnfast
+        kernels.set_num_threads(args.threads)
+    given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
+    train(
+        args.out,
+        given,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        stop_after=args.stop_after,
+        every=args.every,
+        checkpoint_every=args.checkpoint_every,
+        sample_every=args.sample_every,
+    )
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .lm import LanguageModel
+
+    model = LanguageModel.load(args.folder)
+    prompt = os.fsencode(args.prompt)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out = sys.stdout.buffer
+    out.write(decoder.decode(prompt).encode())
+    for byte in model.sample(prompt, args.length, args.temperature, np.random.default_rng(args.seed)):
+        out.write(decoder.decode(byte).encode())
+        out.flush()
+    out.write((decoder.decode(b"", final=True) + "\n").encode())
+    out.flush()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for what cannot be used, 130 after Ctrl-C.
+
+    >>> main(["lm", "sample", "/nowhere"])  # and on stderr: rnnfast: error: /nowhere holds no checkpoint
+    2
+    """
+    from .data import InputError
+
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        kept = args.run is _train and os.path.isdir(os.path.join(args.out, "last"))
+        resume = f"; rnnfast lm train --resume --out {args.out} goes on" if kept else ""
+        print(f"\nrnnfast: interrupted{resume}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}"
+    except MemoryError as error:
+        message = f"not enough memory: {error}"
+    except (InputError, FloatingPointError, ImportError) as error:
+        message = str(error)
+    print(f"rnnfast: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
