@@ -94,10 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", metavar="X", type=_above_0, help=f"of Adam at the start (default: {d.learning_rate:g})")
     add("--clip", metavar="X", type=_above_0, help=f"largest norm of the gradients (default: {d.clip:g})")
     add("--seed", metavar="S", type=_whole(0), help=f"of the weights, dropout and samples (default: {d.seed})")
+    add(
+        "--every",
+        metavar="K",
+        type=_whole(1),
+        help="steps between rows of the history (default: steps/15, at most 250)",
+    )
     other = train.add_argument_group("what changes no weight")
     add = other.add_argument
     add(
-        "--every",
         metavar="K",
         type=_whole(1),
         help="steps between rows of the history (default: steps/15, at most 250)",
@@ -151,7 +156,6 @@ def _train(args: argparse.Namespace) -> int:
         resume=args.resume,
         overwrite=args.overwrite,
         stop_after=args.stop_after,
-        every=args.every,
         checkpoint_every=args.checkpoint_every,
         sample_every=args.sample_every,
     )

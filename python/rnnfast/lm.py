@@ -51,6 +51,7 @@ class Config:
     learning_rate: float = 0.003
     clip: float = 5.0
     seed: int = 0
+    every: int = 0  # steps between rows of the history; 0: a fifteenth of the run, 250 at most
     text: str | None = None
     digest: str = ""
     alphabet: str = ""
@@ -63,8 +64,10 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise InputError(f"{name} must be a whole number from 1 to {2**31 - 1}, got {value!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"seed must be a whole number from 0 on, got {self.seed!r}")
+        for name in ("seed", "every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise InputError(f"{name} must be a whole number from 0 on, got {value!r}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number above 0, got {getattr(self, name)}")
@@ -277,7 +280,6 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     stop_after: int | None = None,
-    every: int | None = None,
     checkpoint_every: int = 500,
     sample_every: int = 500,
     log: TextIO | None = None,
@@ -286,7 +288,6 @@ def train(
 
     given    values of Config by name, None or missing for the default (with resume: for the stored one)
     resume   continue the run in `out`, bit for bit as if never stopped
-    every    steps between rows of the history; a fifteenth of the run at most, 250 at most
 
     After Ctrl-C it saves a checkpoint and raises KeyboardInterrupt. Raises InputError for what cannot be used,
     OSError for a folder that cannot be written, FloatingPointError for a run that diverges; nothing is lost then.
@@ -328,7 +329,7 @@ def train(
 
     say(_headline(config, corpus, model))
     reporter = _Reporter(model, first, sample_every, log)
-    rows = every or max(1, min(250, config.steps // 15))
+    rows = config.every or max(1, min(250, config.steps // 15))
     glimpse = corpus.valid[:_GLIMPSE]
     run: Run | None = None
 

@@ -50,8 +50,8 @@ class CheckpointError(InputError):
 class Run:
     """A training as callbacks see it, after every step. Setting `stop` ends it after the step.
 
-    step counts updates, batch those of this epoch; loss, norm and rate are the last update's; rows is the history; seconds counts
-    time in all processes of the run; state is the carried state of a stateful run.
+    step counts updates, batch those of this epoch; loss, norm and rate are the last update's; rows is the history;
+    seconds counts time in all processes of the run; state is the carried state of a stateful run.
 
     >>> from rnnfast.dense import Linear
     >>> layer = Linear(1, 1, seed=0)
