@@ -21,7 +21,7 @@ WIDER = {"float32": np.float64, "float64": np.longdouble}  # the dtype that coun
 @dataclass(frozen=True)
 class Problem:
     cell: str
-    shape: str = "prime batch"
+    shape: str | Shape = "prime batch"  # a name, or one made up
     layers: int = 1
     directions: int = 1
     skip: bool = False
@@ -32,16 +32,17 @@ class Problem:
     reset: bool = False
     dropout: bool = False
     state: str = "zero"  # or "given", "learned", "given and learned"
+    scale: float = 1  # of x
     seed: int = 0
 
     def __str__(self) -> str:
         plain = Problem(self.cell, self.shape)
         options = (f"{name}={value}" for name, value in vars(self).items() if value != vars(plain)[name])
-        return ", ".join((self.cell, self.shape, *options))
+        return ", ".join((self.cell, str(self.shape), *options))
 
     @property
     def dims(self) -> Shape:
-        return SHAPES[self.shape]
+        return SHAPES[self.shape] if isinstance(self.shape, str) else self.shape
 
     @property
     def R(self) -> int:
@@ -128,7 +129,7 @@ def arrays(problem: Problem, dtype: str) -> Arrays:
         keep = [(rng.random((T, B, D * R)) < 0.7) / 0.7 for _ in range(L - 1)]
         options["dropout_masks"] = [mask.astype(dtype) for mask in keep]
     return Arrays(
-        x=normal(T, B, inputs),
+        x=(problem.scale * rng.normal(size=(T, B, inputs))).astype(dtype),
         state=state() if "given" in problem.state else None,
         params={name: uniform(*shape) for name, shape in parameter_shapes(problem).items()},
         options=options,
