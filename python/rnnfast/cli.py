@@ -94,19 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", metavar="X", type=_above_0, help=f"of Adam at the start (default: {d.learning_rate:g})")
     add("--clip", metavar="X", type=_above_0, help=f"largest norm of the gradients (default: {d.clip:g})")
     add("--seed", metavar="S", type=_whole(0), help=f"of the weights, dropout and samples (default: {d.seed})")
-    add(
-        "--every",
-        metavar="K",
-        type=_whole(1),
-        help="steps between rows of the history (default: steps/15, at most 250)",
-    )
+    add("--every", metavar="K", type=_whole(1), help="steps between rows of history.csv (default: steps/15, <= 250)")
     other = train.add_argument_group("what changes no weight")
     add = other.add_argument
-    add(
-        metavar="K",
-        type=_whole(1),
-        help="steps between rows of the history (default: steps/15, at most 250)",
-    )
     add("--checkpoint-every", metavar="K", type=_whole(1), default=500, help="(default: %(default)s)")
     add("--sample-every", metavar="K", type=_whole(0), default=500, help="0 for none (default: %(default)s)")
     add("--threads", metavar="N", type=_whole(1), help="of the kernels (default: what the machine has)")
