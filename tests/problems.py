@@ -11,6 +11,7 @@ from itertools import combinations, islice, product
 from typing import Any, NamedTuple
 
 import numpy as np
+import rnnfast
 from rnnfast import reference
 from shapes import SHAPES, Shape
 
@@ -176,6 +177,29 @@ def results(implementation: Any, cell: str, a: Arrays) -> dict[str, Any]:
         **named(dstate, "d"),
         **{"d" + name: gradient for name, gradient in gradients.items()},
     }
+
+
+def layer_of(problem: Problem, dtype: str, params: Mapping[str, Any], **options: Any) -> Any:
+    """The layer that computes a problem, with its parameters."""
+    options |= {
+        "lstm_peephole": {"peephole": True},
+        "gru_reset_before": {"reset_after": False},
+        **{cell: {"nonlinearity": cell[4:]} for cell in reference.CELLS if cell.startswith("rnn")},
+    }.get(problem.cell, {})
+    layer = getattr(rnnfast, problem.cell.split("_")[0].upper())(
+        problem.dims.I,
+        problem.dims.H,
+        problem.layers,
+        bias=problem.bias,
+        bidirectional=problem.directions == 2,
+        skip=problem.skip,
+        proj_size=0 if problem.projection == "none" else problem.R,
+        learn_initial_state="learned" in problem.state,
+        dtype=dtype,
+        **options,
+    )
+    layer.load_state_dict(params)
+    return layer
 
 
 # ---- The law of accuracy ---------------------------------------------------------------------------------------------

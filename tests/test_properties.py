@@ -12,7 +12,7 @@ import pytest
 import rnnfast
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from problems import Arrays, Problem, arrays, inaccurate, map_floats, named, pairwise, results
+from problems import Arrays, Problem, arrays, inaccurate, layer_of, map_floats, named, pairwise, results
 from rnnfast import functional, reference
 from shapes import Shape
 
@@ -137,30 +137,6 @@ def test_whole_sequence_equals_its_chunks(problem: Problem, dtype: str, target: 
     assert inaccurate({"d" + name: gradient for name, gradient in gradients.items()}, problem, dtype) == {}
 
 
-def layer_of(problem: Problem, dtype: str, params: dict[str, Any]) -> Any:
-    """The layer with a problem's parameters, in eval mode."""
-    kind, options = {
-        "lstm": (rnnfast.LSTM, {}),
-        "lstm_peephole": (rnnfast.LSTM, {"peephole": True}),
-        "gru": (rnnfast.GRU, {}),
-        "gru_reset_before": (rnnfast.GRU, {"reset_after": False}),
-    }.get(problem.cell, (rnnfast.RNN, {"nonlinearity": problem.cell[4:]}))
-    layer = kind(
-        problem.dims.I,
-        problem.dims.H,
-        problem.layers,
-        bidirectional=problem.directions == 2,
-        skip=problem.skip,
-        proj_size=0 if problem.projection == "none" else problem.R,
-        learn_initial_state="learned" in problem.state,
-        dtype=dtype,
-        **options,
-    )
-    layer.load_state_dict(params)
-    layer.eval()
-    return layer
-
-
 STREAMED = [
     Problem(cell, shape, layers=layers, projection=projection, skip=skip, state="learned")
     for cell in CELLS
@@ -173,7 +149,7 @@ STREAMED = [
 @pytest.mark.parametrize("problem", [p for p in STREAMED if p.makes_sense], ids=str)
 def test_stream_equals_batch(problem: Problem, dtype: str, target: str) -> None:
     a = arrays(problem, dtype)
-    layer = layer_of(problem, dtype, a.params)
+    layer = layer_of(problem, dtype, a.params).eval()
     y, state = layer(a.x)
     stream = layer.stream(batch=problem.dims.B)
     streamed = np.stack([np.array(stream(x_t)) for x_t in a.x])
@@ -188,7 +164,7 @@ def test_stream_handle(cell: str, target: str) -> None:
     problem = Problem(cell, "8 lanes - 1", layers=2, state="learned")
     T, B, *_ = problem.dims
     a = arrays(problem, "float32")
-    layer = layer_of(problem, "float32", a.params)
+    layer = layer_of(problem, "float32", a.params).eval()
     y, _ = layer(a.x)
 
     stream = layer.stream(batch=B)
