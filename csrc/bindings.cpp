@@ -1,0 +1,594 @@
+// The border with Python: checks every array, fills a Job, releases the GIL and calls the table of the CPU target in use.
+//
+// Everything that can be wrong is said here, with the name, the symbolic shape and the numbers; below this file nothing throws. NumPy owns every
+// array that the caller sees; scratch is reused from call to call.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "threads.hpp"
+
+namespace py = pybind11;
+using namespace rnnfast;
+
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw py::value_error(message); }
+
+std::string tuple_text(const std::vector<py::ssize_t>& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + (shape.size() == 1 ? ",)" : ")");
+}
+std::vector<py::ssize_t> shape_of(const py::array& a) { return {a.shape(), a.shape() + a.ndim()}; }
+
+// ---- buffers that outlive a call: fresh pages cost several per cent --------------------------------------------------------------------
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) : size_(bytes), data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(Buffer&& o) noexcept : size_(std::exchange(o.size_, 0)), data_(std::exchange(o.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(size_, o.size_);
+    std::swap(data_, o.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  void* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+  void* data_ = nullptr;
+};
+
+class Pool {  // leaked: calls may still run while static objects are destroyed
+ public:
+  static Pool& get() {
+    static Pool* pool = new Pool;
+    return *pool;
+  }
+  Buffer take(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> hold(lock_);
+      for (Buffer& b : free_)
+        if (b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
+          Buffer found = std::move(b);
+          b = std::move(free_.back());
+          free_.pop_back();
+          return found;
+        }
+    }
+    return Buffer(bytes);
+  }
+  void give(Buffer b) {
+    const std::lock_guard<std::mutex> hold(lock_);
+    if (free_.size() >= 8) free_.erase(free_.begin());
+    free_.push_back(std::move(b));
+  }
+
+ private:
+  std::mutex lock_;
+  std::vector<Buffer> free_;
+};
+
+// ---- the cells by name -----------------------------------------------------------------------------------------------------------------
+
+const char* const CELL_NAMES[CELL_KINDS] = {"rnn_tanh", "rnn_relu", "rnn_sigmoid", "rnn_identity", "lstm", "lstm_peephole", "gru", "gru_reset_before"};
+
+CellKind kind_of(const std::string& cell) {
+  std::string known;
+  for (int i = 0; i < CELL_KINDS; ++i) {
+    if (cell == CELL_NAMES[i]) return static_cast<CellKind>(i);
+    known += std::string(i ? ", " : "") + CELL_NAMES[i];
+  }
+  fail("cell must be one of " + known + "; got '" + cell + "'");
+}
+std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
+
+// ---- arrays ----------------------------------------------------------------------------------------------------------------------------
+
+using Array = std::optional<py::array>;
+
+struct Checker {
+  std::string who;  // "lstm: "
+  py::dtype dtype;
+
+  void type(const py::array& a, const std::string& name) const {
+    if (!a.dtype().is(dtype)) fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
+  }
+  // A C-contiguous array of this shape; `symbols` as in "(4*H, I)".
+  const void* operator()(const Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
+    if (!a) return nullptr;
+    type(*a, name);
+    if (shape_of(*a) != shape)
+      fail(who + name + " must have shape " + symbols + (std::strchr(symbols, '*') || std::strpbrk(symbols, "BHIRST") ? " = " + tuple_text(shape) : "") +
+           ", got " + tuple_text(shape_of(*a)));
+    if (!(a->flags() & py::array::c_style)) fail(who + name + " must be C-contiguous");
+    return a->data();
+  }
+  void* out(Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
+    (*this)(a, name, symbols, shape);
+    return a ? a->mutable_data() : nullptr;  // raises where a is read-only
+  }
+  // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
+  Tokens tokens(const Array& a, const std::string& name, py::ssize_t T, py::ssize_t B, py::ssize_t n, bool packed, py::ssize_t count, bool writes) const {
+    if (!a) return {nullptr, 0, 0};
+    type(*a, name);
+    const std::vector<py::ssize_t> shape = packed ? std::vector<py::ssize_t>{count, n} : std::vector<py::ssize_t>{T, B, n};
+    if (shape_of(*a) != shape) fail(who + name + " must have shape " + tuple_text(shape) + ", got " + tuple_text(shape_of(*a)));
+    if (a->size() == 0) return {const_cast<void*>(a->data()), 0, 0};
+    const py::ssize_t item = a->itemsize(), inner = packed ? 1 : 2;
+    if (n > 1 && a->strides(inner) != item) fail(who + name + " must be contiguous in its last axis");
+    for (py::ssize_t i = 0; i < inner; ++i)
+      if (a->strides(i) % item) fail(who + name + " must have strides that are multiples of its item size");
+    if (writes && !a->writeable()) fail(who + name + " is read-only");
+    const py::ssize_t row = a->strides(inner - 1) / item;
+    return {const_cast<void*>(a->data()), packed ? row : a->strides(0) / item, row};
+  }
+};
+
+// Who runs when: `lengths` of a padded batch, or batch_sizes of packed rows.
+struct Layout {
+  int64_t T, B;
+  bool packed = false, ragged = false;
+  std::vector<int64_t> active, start, time, index;
+
+  Layout(int64_t T_, int64_t B_, const std::optional<py::array_t<int64_t>>& lengths) : T(T_), B(B_), active(static_cast<size_t>(T_)), time(active) {
+    std::vector<int64_t> length(static_cast<size_t>(B), T);
+    if (lengths) {
+      if (lengths->ndim() != 1 || lengths->size() != B) fail("lengths must have shape (B,) = " + tuple_text({B}) + ", got " + tuple_text(shape_of(*lengths)));
+      for (int64_t b = 0; b < B; ++b) {
+        const int64_t n = lengths->at(b);
+        if (n < 0 || n > T) fail("lengths must lie in 0 .. T = " + std::to_string(T) + ", got " + std::to_string(n) + " at " + std::to_string(b));
+        length[static_cast<size_t>(b)] = n;
+        ragged = ragged || n != T;
+      }
+    }
+    index.resize(static_cast<size_t>(B));
+    for (size_t b = 0; b < index.size(); ++b) index[b] = static_cast<int64_t>(b);
+    if (ragged)
+      std::stable_sort(index.begin(), index.end(), [&](int64_t a, int64_t b) { return length[static_cast<size_t>(a)] > length[static_cast<size_t>(b)]; });
+    int64_t rows = B;
+    for (int64_t t = 0; t < T; ++t) {
+      while (rows > 0 && length[static_cast<size_t>(index[static_cast<size_t>(rows - 1)])] <= t) --rows;
+      active[static_cast<size_t>(t)] = rows;
+      time[static_cast<size_t>(t)] = t;
+    }
+    count();
+  }
+  static Layout from_batch_sizes(const py::array_t<int64_t>& sizes) {
+    Layout l(0, 0, std::nullopt);
+    l.packed = l.ragged = true;
+    l.T = sizes.ndim() == 1 ? sizes.size() : 0;
+    l.B = l.T ? sizes.at(0) : 0;
+    for (int64_t t = 0; t < l.T; ++t) {
+      const int64_t n = sizes.at(t);
+      if (n < 1 || (t > 0 && n > l.active.back())) fail("batch_sizes must be positive and never grow, got " + std::to_string(n) + " at " + std::to_string(t));
+      l.active.push_back(n);
+    }
+    for (int64_t b = 0; b < l.B; ++b) l.index.push_back(b);
+    l.count();
+    l.time.assign(l.start.begin(), l.start.end() - 1);
+    return l;
+  }
+  int64_t tokens() const { return start.back(); }
+
+ private:
+  void count() {
+    start.assign(1, 0);
+    for (int64_t n : active) start.push_back(start.back() + n);
+  }
+};
+
+// ---- how many threads, and how they share ------------------------------------------------------------------------------------------------
+
+struct Plan {
+  int workers, row_groups;
+};
+
+Plan plan(CellKind kind, Dtype dtype, const Job& j) {
+  const int threads = thread_count();
+  const double step = 2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
+  const double all = static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
+  const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
+  if (threads == 1 || all < 4e5) return {1, 1};
+  if (j.B >= 8 * threads) return {threads, threads};
+  if (step >= 2e5 && blocks >= threads) return {threads, 1};
+  if (j.B >= 2 * threads) return {threads, threads};
+  return {1, 1};
+}
+
+struct Call {
+  CellKind kind;
+  Dtype dtype;
+  const Job& job;
+  bool backward;
+  void* held = nullptr;  // scratch of the caller's own
+  Buffer buffer{};
+  int row_groups = 1;
+
+  void run() {
+    const Plan p = held ? Plan{1, 1} : plan(kind, dtype, job);
+    row_groups = p.row_groups;
+    rnnfast::run(p.workers, task, this, prepare);
+    if (!held) Pool::get().give(std::move(buffer));
+  }
+  static void prepare(void* data, int count) {
+    Call& c = *static_cast<Call*>(data);
+    if (count == 1) c.row_groups = 1;
+    if (!c.held) c.buffer = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
+  }
+  static void task(void* data, int id, int count, void (*wait)(void*), void* waiter) {
+    Call& c = *static_cast<Call*>(data);
+    const Worker worker{id, count, c.row_groups, c.held ? c.held : c.buffer.data(), wait, waiter};
+    if (c.backward) kernels().backward(c.kind, c.dtype, c.job, worker);
+    else kernels().forward(c.kind, c.dtype, c.job, worker);
+  }
+};
+
+// ---- one layer, one direction ------------------------------------------------------------------------------------------------------------
+
+using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
+
+Dtype dtype_of(const py::array& a, const std::string& who) {
+  if (a.dtype().is(py::dtype::of<float>())) return FLOAT32;
+  if (a.dtype().is(py::dtype::of<double>())) return FLOAT64;
+  fail(who + "dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
+}
+
+// Sizes and weights of a job, checked; `names` end in `suffix` as in weight_ih_l0_reverse.
+Checker take_weights(Job& j, CellKind kind, const Weights& w, const std::string& suffix, int64_t taps) {
+  const std::string who = family(kind) + ": ";
+  if (w.size() != 7 || !w[0] || !w[1]) fail(who + "weight_ih" + suffix + " and weight_hh" + suffix + " must be given");
+  const Checker check{who, w[0]->dtype()};
+  const int64_t G = gates(kind);
+  const std::string ih = "weight_ih" + suffix;
+  if (w[0]->ndim() != 2 || w[0]->shape(0) % G || w[0]->shape(0) == 0)
+    fail(who + ih + " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
+  j.H = w[0]->shape(0) / G, j.I = w[0]->shape(1);
+  j.projected = w[5].has_value();
+  if (j.projected && w[5]->ndim() != 2) fail(who + "weight_hr" + suffix + " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
+  j.R = j.projected ? w[5]->shape(0) : j.H;
+  j.taps = taps;
+  const std::string g = G == 1 ? "" : std::to_string(G) + "*";
+  const int64_t GH = G * j.H;
+  j.w_ih = check(w[0], ih, ("(" + g + "H, I)").c_str(), {GH, j.I});
+  j.w_hh = check(w[1], "weight_hh" + suffix, ("(" + g + "H, " + (j.projected ? "R" : "H") + (taps > 1 ? "*taps)" : ")")).c_str(), {GH, j.R * taps});
+  j.b_ih = check(w[2], "bias_ih" + suffix, ("(" + g + "H,)").c_str(), {GH});
+  j.b_hh = check(w[3], "bias_hh" + suffix, ("(" + g + "H,)").c_str(), {GH});
+  j.peep = check(w[4], "weight_peep" + suffix, "(3, H)", {3, j.H});
+  j.w_hr = check(w[5], "weight_hr" + suffix, "(R, H)", {j.R, j.H});
+  j.b_hr = check(w[6], "bias_hr" + suffix, "(R,)", {j.R});
+  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) fail(who + "weight_peep" + suffix + " goes with the cell lstm_peephole, and only with it");
+  if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1)) fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
+  return check;
+}
+
+void take_layout(Job& j, const Layout& l, bool reversed) {
+  j.T = l.T, j.B = l.B, j.reversed = reversed;
+  j.active = l.active.data(), j.start = l.start.data(), j.time = l.time.data(), j.index = l.index.data();
+}
+
+using Events = std::optional<py::array_t<int64_t, py::array::c_style>>;
+void take_reset(Job& j, const Checker& check, const Events& reset, int64_t events) {
+  if (!reset) return;
+  if (reset->ndim() != 2 || reset->shape(0) != j.T || reset->shape(1) != j.B) fail(check.who + "reset must have shape (T, B)");
+  if (j.taps > 1) fail(check.who + "reset inside a call with output taps must be split by the caller");
+  const int64_t* e = reset->data();
+  for (int64_t i = 0; i < j.T * j.B; ++i)
+    if (e[i] >= events) fail(check.who + "reset event out of range");
+  j.reset = e;
+}
+
+struct State {
+  Array h, c;
+};
+
+py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix) {
+  Job j{};
+  const CellKind kind = kind_of(cell);
+  const Checker check = take_weights(j, kind, weights, suffix, taps);
+  take_layout(j, layout, false);
+  return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], check.who), j));
+}
+
+void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed, const py::array& x,
+             py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T, const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells,
+             Array tape) {
+  Job j{};
+  const CellKind kind = kind_of(cell);
+  const Checker check = take_weights(j, kind, weights, suffix, taps);
+  const Dtype dtype = dtype_of(*weights[0], check.who);
+  take_layout(j, layout, reversed);
+  const int64_t S = j.R * taps;
+  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
+  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), true);
+  j.cells = check.tokens(cells, "cells", j.T, j.B, j.H, layout.packed, layout.tokens(), true);
+  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
+  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
+  j.h_T = check.out(h_T, "h_T", "(B, R)", {j.B, S});
+  j.c_T = check.out(c_T, "c_T", "(B, H)", {j.B, j.H});
+  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
+  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
+  if (!h_0 || (carries(kind) && !c_0)) fail(check.who + "h_0 and c_0 must be given");
+  if (reset && (!fresh_h || (carries(kind) && !fresh_c))) fail(check.who + "reset needs fresh states");
+  take_reset(j, check, reset, INT64_MAX);
+  if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
+  if (j.B == 0) return;
+  Call call{kind, dtype, j, false};
+  const py::gil_scoped_release release;
+  call.run();
+}
+
+void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed, const py::array& x,
+              const py::array& y, const Array& h_0, const Array& c_0, const Events& reset, const Array& fresh_h, const Array& fresh_c, Array& tape,
+              const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
+  Job j{};
+  const CellKind kind = kind_of(cell);
+  const Checker check = take_weights(j, kind, weights, suffix, taps);
+  const Dtype dtype = dtype_of(*weights[0], check.who);
+  take_layout(j, layout, reversed);
+  const int64_t S = j.R * taps, G = gates(kind);
+  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
+  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
+  j.dy = check.tokens(dy, "dy", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
+  j.dx = check.tokens(dx, "dx", j.T, j.B, j.I, layout.packed, layout.tokens(), true);
+  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
+  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
+  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
+  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
+  j.dh_T = check(dh_T, "dh_T", "(B, R)", {j.B, S});
+  j.dc_T = check(dc_T, "dc_T", "(B, H)", {j.B, j.H});
+  j.dh_0 = check.out(dh_0, "dh_0", "(B, R)", {j.B, S});
+  j.dc_0 = check.out(dc_0, "dc_0", "(B, H)", {j.B, j.H});
+  if (!h_0 || !tape || (carries(kind) && !c_0)) fail(check.who + "h_0, c_0 and tape must be given");
+  const int64_t events = dreset_h && dreset_h->ndim() == 2 ? dreset_h->shape(0) : 0;
+  j.dreset_h = check.out(dreset_h, "dreset_h", "(n, R)", {events, S});
+  j.dreset_c = check.out(dreset_c, "dreset_c", "(n, H)", {events, j.H});
+  if (reset && (!dreset_h || (carries(kind) && !dreset_c))) fail(check.who + "reset needs dreset_h and dreset_c");
+  take_reset(j, check, reset, events);
+  j.tape = const_cast<void*>(check(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))}));
+  if (gradients.size() != 7) fail(check.who + "gradients must be 7 arrays or None");
+  const std::string d = "gradient of ";
+  j.dw_ih = check.out(gradients[0], d + "weight_ih" + suffix, "(G*H, I)", {G * j.H, j.I});
+  j.dw_hh = check.out(gradients[1], d + "weight_hh" + suffix, "(G*H, R)", {G * j.H, S});
+  j.db_ih = check.out(gradients[2], d + "bias_ih" + suffix, "(G*H,)", {G * j.H});
+  j.db_hh = check.out(gradients[3], d + "bias_hh" + suffix, "(G*H,)", {G * j.H});
+  j.dpeep = check.out(gradients[4], d + "weight_peep" + suffix, "(3, H)", {3, j.H});
+  j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
+  j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
+  if (j.B == 0) return;
+  Call call{kind, dtype, j, true};
+  const py::gil_scoped_release release;
+  call.run();
+}
+
+// ---- streaming: one step at a time over a snapshot of the weights --------------------------------------------------------------------------
+
+class Stream {
+ public:
+  // One list of weights a layer; fresh_h (L, 1, S) and fresh_c (L, 1, H) are what reset() puts; zeros where None.
+  Stream(std::string cell, std::vector<Weights> weights, int64_t batch, int64_t taps, bool skip, Array fresh_h, Array fresh_c)
+      : cell_(std::move(cell)), kind_(kind_of(cell_)), weights_(std::move(weights)), taps_(taps), skip_(skip), layout_(1, batch, std::nullopt),
+        fresh_h_(std::move(fresh_h)), fresh_c_(std::move(fresh_c)) {
+    if (weights_.empty()) fail("stream needs a layer");
+    if (batch < 1) fail("stream: batch must be at least 1, got " + std::to_string(batch));
+    build();
+    reset(std::nullopt);
+  }
+
+  py::array call(const py::array& x, Array out) {
+    const Job& first = layers_.front().job;
+    const std::vector<py::ssize_t> want{layout_.B, first.I};
+    if (shape_of(x) != want) fail(who() + "stream: x must have shape (B, I) = " + tuple_text(want) + ", got " + tuple_text(shape_of(x)));
+    check_->type(x, "stream: x");
+    if (x.shape(1) > 1 && x.strides(1) != x.itemsize()) fail(who() + "stream: x must be contiguous in its last axis");
+    const py::ssize_t width = skip_ ? static_cast<py::ssize_t>(layers_.size()) * first.R : first.R;
+    const std::vector<py::ssize_t> shape{layout_.B, width};
+    if (!out) {
+      out = py::array(check_->dtype, shape);
+    } else {
+      (*check_)(out, "stream: out", "(B, R)", shape);
+    }
+    step(static_cast<const char*>(x.data()), x.strides(0), static_cast<char*>(out->mutable_data()));
+    return *out;
+  }
+
+  py::object state() const {
+    const auto L = static_cast<py::ssize_t>(layers_.size());
+    const Job& j = layers_.front().job;
+    py::array h(check_->dtype, std::vector<py::ssize_t>{L, layout_.B, j.R * taps_});
+    for (size_t i = 0; i < layers_.size(); ++i) std::memcpy(h.mutable_data(static_cast<py::ssize_t>(i)), layers_[i].h.data(), h_bytes());
+    if (!pair()) return h;
+    py::array c(check_->dtype, std::vector<py::ssize_t>{L, layout_.B, j.H});
+    for (size_t i = 0; i < layers_.size(); ++i) std::memcpy(c.mutable_data(static_cast<py::ssize_t>(i)), layers_[i].c.data(), c_bytes());
+    return py::make_tuple(h, c);
+  }
+  void set_state(const py::object& state) {
+    const auto L = static_cast<py::ssize_t>(layers_.size());
+    const Job& j = layers_.front().job;
+    Array h, c;
+    if (pair()) {
+      const py::sequence both = py::isinstance<py::sequence>(state) ? state.cast<py::sequence>() : py::sequence(py::list());
+      if (both.size() != 2) fail(who() + "stream: state must be a pair (h, c)");
+      h = both[0].cast<py::array>(), c = both[1].cast<py::array>();
+    } else {
+      h = state.cast<py::array>();
+    }
+    (*check_)(h, "stream: h", "(L, B, R)", {L, layout_.B, j.R * taps_});
+    (*check_)(c, "stream: c", "(L, B, H)", {L, layout_.B, j.H});
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      std::memcpy(layers_[i].h.data(), h->data(static_cast<py::ssize_t>(i)), h_bytes());
+      if (c) std::memcpy(layers_[i].c.data(), c->data(static_cast<py::ssize_t>(i)), c_bytes());
+    }
+  }
+  void reset(const std::optional<py::array_t<bool>>& mask) {
+    if (mask && (mask->ndim() != 1 || mask->shape(0) != layout_.B)) fail(who() + "stream: mask must be bool of shape (B,) = " + tuple_text({layout_.B}));
+    for (size_t i = 0; i < layers_.size(); ++i)
+      for (int64_t b = 0; b < layout_.B; ++b) {
+        if (mask && !mask->at(b)) continue;
+        put(layers_[i].h, b, h_bytes() / static_cast<size_t>(layout_.B), fresh_h_, i);
+        if (pair()) put(layers_[i].c, b, c_bytes() / static_cast<size_t>(layout_.B), fresh_c_, i);
+      }
+  }
+  std::unique_ptr<Stream> copy() const {
+    auto twin = std::make_unique<Stream>(cell_, weights_, layout_.B, taps_, skip_, fresh_h_, fresh_c_);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      twin->weights_ = weights_;
+      std::memcpy(twin->layers_[i].h.data(), layers_[i].h.data(), h_bytes());
+      if (pair()) std::memcpy(twin->layers_[i].c.data(), layers_[i].c.data(), c_bytes());
+      std::memcpy(twin->layers_[i].scratch.data(), layers_[i].scratch.data(), layers_[i].scratch.size());  // the snapshot, not today's weights
+    }
+    return twin;
+  }
+  void refresh() {
+    for (Layer& l : layers_) l.job.packed = false;
+  }
+
+ private:
+  struct Layer {
+    Job job{};
+    Buffer scratch, h, c, x;
+    std::shared_ptr<Layout> layout;
+  };
+
+  std::string who() const { return family(kind_) + ": "; }
+  bool pair() const { return kind_ == LSTM || kind_ == LSTM_PEEPHOLE || (kind_ == GRU && layers_.front().job.projected); }
+  size_t item() const { return static_cast<size_t>(check_->dtype.itemsize()); }
+  size_t h_bytes() const { return static_cast<size_t>(layout_.B * layers_.front().job.R * taps_) * item(); }
+  size_t c_bytes() const { return static_cast<size_t>(layout_.B * layers_.front().job.H) * item(); }
+
+  static void put(const Buffer& to, int64_t row, size_t bytes, const Array& from, size_t layer) {
+    char* at = static_cast<char*>(to.data()) + static_cast<size_t>(row) * bytes;
+    if (from) std::memcpy(at, static_cast<const char*>(from->data()) + layer * bytes, bytes);
+    else std::memset(at, 0, bytes);
+  }
+
+  void build() {
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      Layer l;
+      const Checker check = take_weights(l.job, kind_, weights_[i], "_l" + std::to_string(i), taps_);
+      if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], check.who);
+      take_layout(l.job, layout_, false);
+      layers_.push_back(std::move(l));
+      const Job& first = layers_.front().job;
+      Job& j = layers_.back().job;
+      if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0))) fail(check.who + "stream: layers do not fit together");
+    }
+    const auto L = static_cast<py::ssize_t>(layers_.size());
+    (*check_)(fresh_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
+    (*check_)(fresh_c_, "c_0", "(L, 1, H)", {L, 1, layers_[0].job.H});
+    for (Layer& l : layers_) {
+      l.h = Buffer(h_bytes());
+      if (pair()) l.c = Buffer(c_bytes());
+      Job& j = l.job;
+      j.h_0 = j.h_T = l.h.data();
+      if (pair()) j.c_0 = j.c_T = l.c.data();
+      else if (carries(kind_)) j.c_0 = l.h.data();  // a GRU carries its h
+      l.x = Buffer(static_cast<size_t>(layout_.B * j.I) * item());
+      l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
+    }
+    table_ = &kernels();
+  }
+
+  void step(const char* x, py::ssize_t stride, char* out) {
+    const int64_t B = layout_.B, R = layers_.front().job.R, I = layers_.front().job.I;
+    const auto L = static_cast<int64_t>(layers_.size());
+    const int64_t size = static_cast<int64_t>(item());
+    for (int64_t i = 0; i < L; ++i) {
+      Layer& l = layers_[static_cast<size_t>(i)];
+      Job& j = l.job;
+      if (i == 0) j.x = {const_cast<char*>(x), 0, stride / size};
+      else j.x = {l.x.data(), 0, j.I};
+      const bool to_out = skip_ || i == L - 1;
+      if (to_out) {
+        j.y = {out + (skip_ ? i * R * size : 0), 0, skip_ ? L * R : R};
+      } else {
+        j.y = {layers_[static_cast<size_t>(i + 1)].x.data(), 0, R};
+      }
+      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.scratch.data(), nullptr, nullptr});
+      j.packed = true;
+      if (skip_ && i + 1 < L) {
+        char* next = static_cast<char*>(layers_[static_cast<size_t>(i + 1)].x.data());
+        for (int64_t b = 0; b < B; ++b) {
+          std::memcpy(next + b * (I + R) * size, x + b * stride, static_cast<size_t>(I * size));
+          std::memcpy(next + (b * (I + R) + I) * size, out + (b * L + i) * R * size, static_cast<size_t>(R * size));
+        }
+      }
+    }
+  }
+
+  std::string cell_;
+  CellKind kind_;
+  Dtype dtype_ = FLOAT32;
+  std::vector<Weights> weights_;
+  int64_t taps_;
+  bool skip_;
+  Layout layout_;
+  Array fresh_h_, fresh_c_;
+  std::unique_ptr<Checker> check_;
+  std::vector<Layer> layers_;
+  const Kernels* table_ = nullptr;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "rnnfast's kernels; rnnfast.functional is the way in.";
+  py::class_<Layout>(m, "Layout")
+      .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"), py::arg("lengths") = py::none())
+      .def_static("from_batch_sizes", &Layout::from_batch_sizes, py::arg("batch_sizes"))
+      .def_readonly("T", &Layout::T)
+      .def_readonly("B", &Layout::B)
+      .def_readonly("packed", &Layout::packed)
+      .def_readonly("ragged", &Layout::ragged)
+      .def_property_readonly("tokens", &Layout::tokens);
+  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
+        py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"),
+        py::arg("tape"));
+  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
+        py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"),
+        py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
+  py::class_<Stream>(m, "Stream")
+      .def(py::init<std::string, std::vector<Weights>, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"), py::arg("weights"), py::arg("batch"),
+           py::arg("taps"), py::arg("skip"), py::arg("fresh_h"), py::arg("fresh_c"))
+      .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(), "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
+      .def_property("state", &Stream::state, &Stream::set_state, "h (L, B, R), for an LSTM (h, c): a copy; assign to set it.")
+      .def("reset", &Stream::reset, py::arg("mask") = py::none(), "Puts rows (all, or those where mask (B,) is true) back to the initial state.")
+      .def("copy", &Stream::copy, "A stream of its own from here on, with the same snapshot and state.")
+      .def("refresh", &Stream::refresh, "Reads the layer's weights anew.");
+  m.def("targets", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < target_count(); ++i) names.emplace_back(target(i).target);
+    return names;
+  });
+  m.def("target", [] { return std::string(kernels().target); });
+  m.def("use_target", [](const std::string& name) {
+    std::string known;
+    for (int i = 0; i < target_count(); ++i) {
+      if (name == target(i).target) return use_target(i);
+      known += std::string(i ? ", " : "") + target(i).target;
+    }
+    fail("target must be one of " + known + "; got '" + name + "'");
+  });
+  m.def("get_num_threads", &thread_count);
+  m.def("set_num_threads", [](int n) {
+    if (n < 1) fail("n must be at least 1, got " + std::to_string(n));
+    set_thread_count(n);
+  });
+}

@@ -1,0 +1,177 @@
+// The product: C = first + A·W or C += A·W, in register tiles of MR rows by NV registers, over weights packed into panels.
+//
+// A and C are given as one pointer a row, so that gathered, strided and ragged rows need no copy. A panel holds NV registers' worth of columns for
+// every k: [k][NV][LANES]; the last panel is narrower. Every element is one chain of fused multiply-adds with k ascending, whatever the tile,
+// the k-block, the row count or the thread: equal inputs give equal bits. Knows no time, cell or thread.
+#pragma once
+
+#include "vec.hpp"
+
+namespace {
+
+constexpr int MAX_NV = 4;  // registers' worth of columns in a panel
+
+// Rows of a tile: accumulators, the smaller operand held and one of the other must fit the register file.
+constexpr int tile_rows(int nv) {
+  if (REGISTERS == 32) return nv == 4 ? 6 : nv == 3 ? 9 : 8;
+  return nv == 4 ? 3 : nv == 3 ? 4 : nv == 2 ? 6 : 8;
+}
+constexpr int MAX_ROWS = REGISTERS == 32 ? 9 : 8;
+constexpr int PACKED_ROWS = tile_rows(MAX_NV);  // rows of A packed side by side by pack_columns
+
+RNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+RNNFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+RNNFAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One tile. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last register stores `tail` lanes.
+template <class T, int MR, int NV>
+void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail) {
+  constexpr int L = LANES<T>;
+  const T* row[MR];
+  for (int r = 0; r < MR; ++r) row[r] = a[r];
+  Reg<T> acc[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) {
+      if (first) acc[r][v] = load(first + v * L);
+      else acc[r][v] = v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
+    }
+  for (int64_t k = 0, at = 0; k < K; ++k, at += step, w += NV * L) {
+    if constexpr (MR < NV) {
+      Reg<T> held[MR];
+      for (int r = 0; r < MR; ++r) held[r] = all(row[r][at]);
+      for (int v = 0; v < NV; ++v) {
+        const Reg<T> b = load(w + v * L);
+        for (int r = 0; r < MR; ++r) acc[r][v] = fma<T>(held[r], b, acc[r][v]);
+      }
+    } else {
+      Reg<T> held[NV];
+      for (int v = 0; v < NV; ++v) held[v] = load(w + v * L);
+      for (int r = 0; r < MR; ++r) {
+        const Reg<T> b = all(row[r][at]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma<T>(b, held[v], acc[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < NV; ++v) {
+      if (v == NV - 1) store(c[r] + c_at + v * L, acc[r][v], tail);
+      else store(c[r] + c_at + v * L, acc[r][v]);
+    }
+}
+
+template <class T>
+using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int);
+
+template <class T, int NV, int... MR>
+struct TilesOf {
+  static constexpr TileFunction<T> of[] = {nullptr, (MR <= tile_rows(NV) ? tile<T, (MR <= tile_rows(NV) ? MR : 1), NV> : nullptr)...};
+};
+template <class T, int NV>
+using Tiles = TilesOf<T, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
+
+template <class T>
+RNNFAST_INLINE TileFunction<T> tile_function(int nv, int64_t rows) {
+  switch (nv) {
+    case 1: return Tiles<T, 1>::of[rows];
+    case 2: return Tiles<T, 2>::of[rows];
+    case 3: return Tiles<T, 3>::of[rows];
+    default: return Tiles<T, 4>::of[rows];
+  }
+}
+
+// A panel's k-block that stays in the first-level cache while the row tiles pass over it.
+constexpr int64_t PANEL_BYTES = 24 * 1024;
+
+// One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows. Rows split evenly (8 = 4 + 4, not 6 + 2).
+template <class T>
+__attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t step, const T* w, const T* first, T* const* c, int64_t c_at) {
+  const int64_t full = tile_rows(nv);
+  const int64_t width = nv * LANES<T>;
+  const int64_t K_block = rows <= full ? most(K, 1) : most(1, PANEL_BYTES / (width * static_cast<int64_t>(sizeof(T))));
+  int64_t k = 0;
+  do {
+    const int64_t k_count = least(K_block, K - k);
+    for (int64_t r = 0; r < rows;) {
+      const int64_t left = rows - r;
+      const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
+      const T* at[MAX_ROWS];
+      for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + k * step;
+      tile_function<T>(nv, count)(at, step, k_count, w + k * width, k == 0 ? first : nullptr, c + r, c_at, tail);
+      r += count;
+    }
+    k += k_count;
+  } while (k < K);
+}
+
+// How N columns (or blocks of `slots` registers each) lie in panels.
+//
+// A block is LANES neighbouring units; with `slots` > 1 each unit has several columns (its gates), kept together.
+template <class T>
+struct Panels {
+  int64_t blocks, slots, K, last;  // last: units in the last block
+  int64_t per_panel;               // blocks in a panel: as many as MAX_NV registers hold
+  Panels(int64_t units, int64_t slots_, int64_t K_)
+      : blocks(ceil_div(units, LANES<T>)), slots(slots_), K(K_), last(units - (blocks - 1) * LANES<T>), per_panel(MAX_NV / slots_) {}
+  int64_t count() const { return ceil_div(blocks, per_panel); }
+  int64_t size() const { return blocks * slots * LANES<T> * K; }
+  int64_t at(int64_t panel) const { return panel * per_panel * slots * LANES<T> * K; }
+  int nv(int64_t panel) const { return static_cast<int>(least(per_panel, blocks - panel * per_panel) * slots); }
+  // Lanes to store of the panel's last register where the destination has no padding (slots == 1).
+  int tail(int64_t panel) const { return static_cast<int>(panel == count() - 1 ? last : LANES<T>); }
+};
+
+// Panel `panel` of Wᵀ, for W's rows grouped by gate: column (block, slot, lane) is row gate[slot] + unit·pitch, over k; p's first unit is
+// `first_unit` of `units`, and units past the end are 0.
+template <class T>
+void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate, int64_t pitch, T* to) {
+  constexpr int L = LANES<T>;
+  const int nv = p.nv(panel);
+  to += p.at(panel);
+  for (int v = 0; v < nv; ++v) {
+    const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
+    const T* from = gate[v % p.slots] + unit * pitch;
+    const int64_t valid = least(L, units - unit);
+    for (int64_t k0 = 0; k0 < p.K; k0 += 16) {
+      const int64_t k1 = least(p.K, k0 + 16);
+      for (int64_t lane = 0; lane < L; ++lane)
+        for (int64_t k = k0; k < k1; ++k) to[(k * nv + v) * L + lane] = lane < valid ? from[lane * pitch + k] : T(0);
+    }
+  }
+}
+
+// Panel `panel` of the matrix whose row k is row[k] (columns in place): the weights as they stand, for products with Wᵀ, and rows of x or h for gradients.
+template <class T>
+void pack_rows(const Panels<T>& p, int64_t panel, const T* const* row, T* to) {
+  constexpr int L = LANES<T>;
+  const int nv = p.nv(panel), tail = p.tail(panel);
+  const int64_t column = panel * p.per_panel * L;
+  to += p.at(panel);
+  for (int64_t k = 0; k < p.K; ++k, to += nv * L) {
+    const T* from = row[k] + column;
+    for (int v = 0; v < nv - 1; ++v) store(to + v * L, load(from + v * L));
+    store(to + (nv - 1) * L, load(from + (nv - 1) * L, tail));
+  }
+}
+
+// Columns [m0, m1) of the matrix whose row k is from + k·pitch, as [m / PACKED_ROWS][k][m % PACKED_ROWS]: A of a product over k with step PACKED_ROWS. m0 is a
+// multiple of PACKED_ROWS; `columns` bounds what may be read.
+template <class T>
+void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
+  constexpr int P = PACKED_ROWS;
+  constexpr int64_t K_block = 32;  // a block of lines stays in the first-level cache while its columns are taken in turn
+  for (int64_t k0 = 0; k0 < K; k0 += K_block) {
+    const int64_t k1 = least(K, k0 + K_block);
+    for (int64_t m = m0; m < m1; m += P) {
+      T* out = to + m * K + k0 * P;
+      const T* in = from + k0 * pitch + m;
+      if (m + P <= columns) {
+        for (int64_t k = k0; k < k1; ++k, out += P, in += pitch) memcpy(out, in, P * sizeof(T));
+      } else {
+        for (int64_t k = k0; k < k1; ++k, out += P, in += pitch)
+          for (int64_t i = 0; i < P; ++i) out[i] = m + i < columns ? in[i] : T(0);
+      }
+    }
+  }
+}
+
+}  // namespace

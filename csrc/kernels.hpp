@@ -1,0 +1,93 @@
+// The border between the kernels and the rest: plain structs, no templates, no Python.
+//
+// Dims: T time, B batch, I input, H hidden, R output width (H, or proj_size), S operand width (R · taps), G gates. One job is one direction of one layer over a whole call. The
+// batch is sorted by length, longest first, so that the rows that run at time t are the first active[t]; `index` leads back to the caller's order.
+// A token is one (t, row) that runs; tokens are numbered start[t] + row. Pointers are to float or double, as the job's table entry says; null
+// where the thing is absent. Parameter gradients are added to, every other output is overwritten.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace rnnfast {
+
+enum CellKind { RNN_TANH, RNN_RELU, RNN_SIGMOID, RNN_IDENTITY, LSTM, LSTM_PEEPHOLE, GRU, GRU_RESET_BEFORE, CELL_KINDS };
+enum Dtype { FLOAT32, FLOAT64, DTYPES };
+
+// An array of tokens: element (t, row, j) is data[time[t]·step + index[row]·row + j].
+struct Tokens {
+  void* data;
+  int64_t step, row;
+};
+
+struct Job {
+  int64_t T, B, I, H, R, taps;
+  bool projected;         // y = W_hr·hidden + b_hr, R wide; else R = H
+  bool reversed;          // time runs from T − 1 to 0
+  const int64_t* active;  // (T)      rows that run at t, never growing with t
+  const int64_t* start;   // (T + 1)  tokens before t
+  const int64_t* time;    // (T)      where t lies in the callers' arrays
+  const int64_t* index;   // (B)      where a row lies there
+  const int64_t* reset;   // (T, B)   in the caller's order: number of the reset event before this step, or -1; null without resets
+
+  const void* w_ih;  // (G·H, I)
+  const void* w_hh;  // (G·H, S)
+  const void* b_ih;  // (G·H)
+  const void* b_hh;  // (G·H)
+  const void* peep;  // (3, H)
+  const void* w_hr;  // (R, H)
+  const void* b_hr;  // (R)
+
+  Tokens x;             // (T, B, I)
+  Tokens y;             // (T, B, R)
+  Tokens cells;         // (T, B, H)  every step's c on request
+  const void* h_0;      // (B, S)
+  const void* c_0;      // (B, H)     a GRU's is its h_0 again, unless it is projected
+  const void* fresh_h;  // (S)        what a reset puts
+  const void* fresh_c;  // (H)
+  void* h_T;            // (B, S)
+  void* c_T;            // (B, H)
+  void* tape;           // tape_size elements; null in inference
+  bool packed;          // forward: scratch still holds this job's packed weights, from a call with the same workers
+
+  Tokens dy;         // (T, B, R)
+  Tokens dx;         // (T, B, I)
+  const void* dh_T;  // (B, S)
+  const void* dc_T;  // (B, H)
+  void* dh_0;        // (B, S)
+  void* dc_0;        // (B, H)
+  void* dreset_h;    // (events, S)
+  void* dreset_c;    // (events, H)
+  void *dw_ih, *dw_hh, *db_ih, *db_hh, *dpeep, *dw_hr, *db_hr;
+};
+
+// One of the threads that carry out a job together; each calls the kernel with its own.
+struct Worker {
+  int id, count;       // 0 <= id < count
+  int row_groups;      // the batch is split into so many parts, the units into count / row_groups
+  void* scratch;       // scratch_size bytes, the same for all, 64-byte aligned
+  void (*wait)(void*);  // barrier for all of the job's threads
+  void* waiter;
+};
+
+// The kernels of one CPU target.
+struct Kernels {
+  const char* target;
+  int (*lanes)(Dtype);
+  // Elements of tape; bytes of scratch for so many workers, forward or backward.
+  size_t (*tape_size)(CellKind, Dtype, const Job&);
+  size_t (*scratch_size)(CellKind, Dtype, const Job&, int workers, int row_groups, bool backward);
+  void (*forward)(CellKind, Dtype, const Job&, const Worker&);
+  void (*backward)(CellKind, Dtype, const Job&, const Worker&);
+};
+
+int gates(CellKind kind);
+bool carries(CellKind kind);  // has a state c beside h: LSTMs, and GRUs inside the kernels
+
+// dispatch.cpp: the tables that this build has and this CPU can run, best first; the one in use.
+int target_count();
+const Kernels& target(int i);
+const Kernels& kernels();
+void use_target(int i);
+
+}  // namespace rnnfast

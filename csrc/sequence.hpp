@@ -1,0 +1,677 @@
+// Time: the products and their endings in order, forward and backward (backpropagation through time).
+//
+//   forward    1  a   = bias + x W_ihᵀ                    before the loop over time, in chunks of time that stay in cache
+//              2  a  += h_{t-1} W_hhᵀ ; Cell::forward     every step
+//   backward   3  dh  = da_{t+1} W_hh ; Cell::backward    every step, backward in time
+//              4  dx  = da W_ih                           after a chunk of time
+//           5, 6  dW += daᵀ [x, h_{t-1}] ; db += Σ da     after a chunk of time
+//
+// The workers share a job in two ways: by rows of the batch (row groups, which never wait for each other within a chunk) and by units (which meet
+// after every phase, `sync`). h_{t-1} is one pointer a row: to the caller's h_0, to y of the step before, to a fresh state after a reset, or, with
+// output taps, into a history that is written downwards so that [y_{t-1}, y_{t-2}, …] lies in order. Knows nothing of Python.
+#pragma once
+
+#include "cells.hpp"
+#include "gemm.hpp"
+#include "kernels.hpp"
+
+namespace {
+
+using rnnfast::Job;
+using rnnfast::Tokens;
+using rnnfast::Worker;
+
+// Hands out pieces of scratch; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base_) : base(static_cast<char*>(base_)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base + used;
+    used += (static_cast<size_t>(most(count, 0)) * sizeof(T) + 127) & ~size_t{63};
+    return reinterpret_cast<T*>(at);
+  }
+  size_t used = 0;
+
+ private:
+  char* base;
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+RNNFAST_INLINE Range share(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
+
+template <class Cell, class T>
+struct Sequence {
+  static constexpr int L = LANES<T>;
+  static constexpr int PRE = Cell::PRE, X = Cell::X_SLOTS, EARLY = Cell::H_FIRST, LATE = Cell::LATE;
+  static constexpr bool RESETS_FIRST = LATE < PRE;  // n waits for r: a second phase
+  using V = Reg<T>;
+  using M = Maths<T>;
+
+  const Job& j;
+  const Worker& w;
+  const int64_t H, S, Hp;            // Hp: H padded to whole registers
+  const int64_t units, group, crew;  // workers over units; this one's place among them; this one's row group
+  Range blocks;                      // this worker's blocks of H
+  Range rows;                        // this worker's rows of the batch
+
+  Sequence(const Job& job, const Worker& worker)
+      : j(job), w(worker), H(job.H), S(job.R * job.taps), Hp(ceil_div(job.H, L) * L), units(worker.count / worker.row_groups),
+        group(worker.id % units), crew(worker.id / units), blocks(share(ceil_div(H, L), group, units)), rows(share_rows(crew)) {}
+
+  // ---- who does what -------------------------------------------------------------------------------------------------------------------
+
+  // Row groups take neighbouring rows with about equally many tokens.
+  Range share_rows(int64_t i) const {
+    if (w.row_groups == 1) return {0, j.B};
+    return {row_bound(i), row_bound(i + 1)};
+  }
+  int64_t row_bound(int64_t i) const {
+    if (j.T == 0 || j.active[j.T - 1] == j.B) return j.B * i / w.row_groups;
+    int64_t row = 0, t = j.T;  // t: steps of `row`, found going down as rows grow
+    int64_t seen = 0, goal = j.start[j.T] * i / w.row_groups;
+    for (; row < j.B && seen < goal; ++row) {
+      while (t > 0 && j.active[t - 1] <= row) --t;
+      seen += t;
+    }
+    return i == w.row_groups ? j.B : row;
+  }
+  void sync() const {
+    if (units > 1) w.wait(w.waiter);
+  }
+  void join() const {
+    if (w.count > 1) w.wait(w.waiter);
+  }
+
+  int64_t units_of(Range b) const { return least(b.end * L, H) - b.begin * L; }
+  int lanes(int64_t block) const { return static_cast<int>(least(L, H - block * L)); }
+  int64_t time(int64_t step) const { return j.reversed ? j.T - 1 - step : step; }  // its own inverse
+  Range running(int64_t t) const { return {least(rows.begin, j.active[t]), least(rows.end, j.active[t])}; }
+
+  const T* row_of(const Tokens& a, int64_t t, int64_t r) const {
+    return static_cast<const T*>(a.data) + j.time[t] * a.step + j.index[r] * a.row;
+  }
+  T* out_row(const Tokens& a, int64_t t, int64_t r) const { return static_cast<T*>(a.data) + j.time[t] * a.step + j.index[r] * a.row; }
+  static const T* in(const void* p) { return static_cast<const T*>(p); }
+  static T* out(void* p) { return static_cast<T*>(p); }
+  bool resets_at(int64_t t, int64_t r) const { return j.reset && j.reset[t * j.B + j.index[r]] >= 0; }
+
+  // ---- the tape: what backward needs of each token, [KEPT | q | c | hidden][Hp] --------------------------------------------------------
+
+  static constexpr int64_t Q_AT = Cell::KEPT, C_AT = Q_AT + RESETS_FIRST, HIDDEN_AT = C_AT + Cell::CARRIES;
+  int64_t pitch() const { return (HIDDEN_AT + j.projected) * Hp; }
+  int64_t history_pitch() const { return (j.T + j.taps) * j.R; }
+  int64_t tape_size() const { return j.start[j.T] * pitch() + (j.taps > 1 ? j.B * history_pitch() : 0); }
+  T* tape_row(int64_t t, int64_t r) const { return out(j.tape) + (j.start[t] + r) * pitch(); }
+  T* history() const { return out(j.tape) + j.start[j.T] * pitch(); }
+  // The operand of step s lies here, newest first; y of step s goes R below.
+  T* window(T* past, int64_t r, int64_t s) const { return past + r * history_pitch() + (j.T - s) * j.R; }
+
+  // h_{t-1} and c_{t-1} of a token, as forward left them, for backward.
+  const T* h_before(int64_t s, int64_t r) const {
+    const int64_t t = time(s);
+    if (resets_at(t, r)) return in(j.fresh_h);
+    if (j.taps > 1) return window(history(), r, s);
+    if (s == 0 || r >= j.active[time(s - 1)]) return in(j.h_0) + j.index[r] * S;
+    return row_of(j.y, time(s - 1), r);
+  }
+  const T* c_before(int64_t s, int64_t r) const {
+    if (resets_at(time(s), r)) return in(j.fresh_c);
+    if (s == 0 || r >= j.active[time(s - 1)]) return in(j.c_0) + j.index[r] * H;
+    return tape_row(time(s - 1), r) + C_AT * Hp;
+  }
+
+  void load_peepholes(int64_t b, V* p) const {
+    for (int i = 0; i < Cell::PEEP; ++i) p[i] = load(in(j.peep) + i * H + b * L, lanes(b));
+  }
+
+  // Packs this worker's part of what its row groups' peers with the same units share.
+  template <class Pack>
+  void pack_shared(const Panels<T>& p, Pack pack) const {
+    for (int64_t panel = crew; panel < p.count(); panel += w.row_groups) pack(panel);
+  }
+
+  // ======================================================================================================================================
+
+  // The sums `a` of a token lie as [block][slot][L] of own blocks; where slots are late, all early ones before all late ones, so that either part
+  // fills whole panels.
+  static constexpr int WIDE = RESETS_FIRST ? LATE : PRE;  // slots side by side
+  int64_t a_at(int64_t b, int slot) const {
+    return slot < WIDE ? (b * WIDE + slot) * L : (blocks.size() * WIDE + b * (PRE - WIDE) + slot - WIDE) * L;
+  }
+
+  struct Forward {
+    T *x_early, *x_late, *h_early, *h_late, *w_hr;  // packed
+    T *bias, *b_hr, *a;                             // one token's sums to start from; [R]; [token of a chunk][sums]
+    T *state, *past;                    // without a tape: [row][pitch], [row][history_pitch]
+    const T **from, **h_prev, **c_prev;
+    T** to;
+  };
+  // Steps in a chunk of time: enough rows for products of good shape, few enough that the sums stay in cache.
+  int64_t forward_steps(int64_t row_count, int64_t row_size) const {
+    return most(1, least(most(j.T, 1), (int64_t{1} << 18) / (most(row_count, 1) * row_size * static_cast<int64_t>(sizeof(T)))));
+  }
+  Range out_blocks() const { return share(ceil_div(j.R, L), group, units); }
+
+  Forward plan_forward(Arena& arena) const {
+    Forward f{};
+    const int64_t most_blocks = ceil_div(ceil_div(H, L), units), most_rows = j.B, most_outs = ceil_div(ceil_div(j.R, L), units);
+    const int64_t row_size = most_blocks * PRE * L;
+    for (int64_t g = 0; g < units; ++g) {  // one pack for each share of the units
+      T* x_early = arena.take<T>(most_blocks * least(X, WIDE) * L * j.I);
+      T* x_late = arena.take<T>(most_blocks * (PRE - WIDE) * L * j.I);
+      T* h_early = arena.take<T>(most_blocks * (LATE - EARLY) * L * S);
+      T* h_late = arena.take<T>(most_blocks * (PRE - LATE) * L * H);
+      T* hr = arena.take<T>(j.projected ? most_outs * L * H : 0);
+      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr;
+    }
+    for (int64_t i = 0; i < w.count; ++i) {
+      T* bias = arena.take<T>(row_size);
+      T* b_hr = arena.take<T>(most_outs * L);
+      const int64_t tokens = forward_steps(most_rows, row_size) * most_rows;
+      T* a = arena.take<T>(tokens * row_size);
+      const T** from = arena.take<const T*>(tokens);
+      T** to = arena.take<T*>(tokens);
+      const T** h_prev = arena.take<const T*>(most_rows);
+      const T** c_prev = arena.take<const T*>(most_rows);
+      if (i == w.id) f.bias = bias, f.b_hr = b_hr, f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev;
+    }
+    f.state = j.tape ? nullptr : arena.take<T>(j.B * pitch());
+    f.past = j.taps == 1 ? nullptr : j.tape ? history() : arena.take<T>(j.B * history_pitch());
+    return f;
+  }
+
+  // The weights' row blocks in slot order, and the sums' start: the biases that their slots' products bring along.
+  void pack_forward(const Forward& f) const {
+    const int64_t unit = blocks.begin * L, own = units_of(blocks);
+    if (own > 0) {
+      const T *x_gate[PRE], *h_gate[PRE];
+      for (int s = 0; s < PRE; ++s) x_gate[s] = in(j.w_ih) + Cell::GATE[s] * H * j.I, h_gate[s] = in(j.w_hh) + Cell::GATE[s] * H * S;
+      auto pack = [&](int first_slot, int slots, int64_t K, const T* const* gate, T* to) {
+        const Panels<T> p(own, slots, K);
+        pack_shared(p, [&](int64_t panel) { pack_gates(p, panel, unit, H, gate + first_slot, K, to); });
+      };
+      pack(0, X < WIDE ? X : WIDE, j.I, x_gate, f.x_early);
+      pack(EARLY, LATE - EARLY, S, h_gate, f.h_early);
+      if constexpr (RESETS_FIRST) {
+        pack(LATE, PRE - LATE, j.I, x_gate, f.x_late);
+        pack(LATE, PRE - LATE, H, h_gate, f.h_late);
+      }
+      for (int64_t b = 0; b < blocks.size(); ++b)
+        for (int s = 0; s < PRE; ++s) {
+          const int64_t at = Cell::GATE[s] * H + unit + b * L;
+          V sum = all(T(0));
+          if (j.b_ih && s < X) sum = sum + load(in(j.b_ih) + at, lanes(blocks.begin + b));
+          if (j.b_hh && s >= EARLY) sum = sum + load(in(j.b_hh) + at, lanes(blocks.begin + b));
+          store(f.bias + a_at(b, s), sum);
+        }
+    }
+    if (j.projected) {
+      const Range o = out_blocks();
+      const int64_t first = o.begin * L, count = least(o.end * L, j.R) - first;
+      if (count > 0) {
+        const T* gate[1] = {in(j.w_hr)};
+        const Panels<T> p(count, 1, H);
+        pack_shared(p, [&](int64_t panel) { pack_gates(p, panel, first, j.R, gate, H, f.w_hr); });
+        for (int64_t i = 0; i < o.size() * L; ++i) f.b_hr[i] = j.b_hr && i < count ? in(j.b_hr)[first + i] : T(0);
+      }
+    }
+    join();
+  }
+
+  // Slots [first_slot, first_slot + slots) of the sums: a = first + from·W or a += from·W, for all of this worker's units.
+  void affine(const T* packed, int first_slot, int slots, int64_t K, int64_t count, const T* const* from, const T* first, T* const* to) const {
+    const Panels<T> p(units_of(blocks), slots, K);
+    const int64_t width = first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
+    static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
+    for (int64_t panel = 0; panel < p.count(); ++panel) {
+      const int64_t at = a_at(0, first_slot) + panel * p.per_panel * width * L;
+      product(p.nv(panel), L, count, K, from, 1, packed + p.at(panel), first ? first + at : nullptr, to, at);
+    }
+  }
+
+  void forward() const {
+    const FlushDenormals<T> guard;
+    Arena arena(w.scratch);
+    const Forward f = plan_forward(arena);
+    if (!j.packed) pack_forward(f);
+
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      f.h_prev[r] = in(j.h_0) + j.index[r] * S;
+      f.c_prev[r] = Cell::CARRIES ? in(j.c_0) + j.index[r] * H : nullptr;
+      if (j.taps > 1 && group == 0) memcpy(window(f.past, r, 0), f.h_prev[r], static_cast<size_t>(S) * sizeof(T));
+    }
+    const int64_t row_size = blocks.size() * PRE * L;
+    const int64_t chunk = forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L);
+    for (int64_t s0 = 0; s0 < j.T; s0 += chunk) {
+      const int64_t s1 = least(j.T, s0 + chunk);
+      int64_t count = 0;
+      for (int64_t s = s0; s < s1; ++s) {
+        const Range run = running(time(s));
+        for (int64_t r = run.begin; r < run.end; ++r, ++count) f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
+      }
+      if (row_size > 0 && count > 0) {
+        affine(f.x_early, 0, X < WIDE ? X : WIDE, j.I, count, f.from, f.bias, f.to);
+        if constexpr (RESETS_FIRST) affine(f.x_late, LATE, PRE - LATE, j.I, count, f.from, f.bias, f.to);
+        for (int64_t b = 0; X < PRE && b < blocks.size(); ++b)  // slots that x does not reach start with their bias alone
+          for (int64_t i = 0; i < count; ++i)
+            for (int s = X; s < PRE; ++s) store(f.to[i] + a_at(b, s), load(f.bias + a_at(b, s)));
+      }
+      T* a = f.a;
+      for (int64_t s = s0; s < s1; ++s) {
+        const Range run = running(time(s));
+        forward_step(f, s, run, a);
+        a += run.size() * row_size;
+      }
+    }
+    for (int64_t r = rows.begin; r < rows.end && group == 0; ++r) {
+      const int64_t at = j.index[r];
+      if (j.h_T) memcpy(out(j.h_T) + at * S, f.h_prev[r], static_cast<size_t>(S) * sizeof(T));
+    }
+    for (int64_t r = rows.begin; Cell::CARRIES && j.c_T && r < rows.end; ++r)
+      memcpy(out(j.c_T) + j.index[r] * H + blocks.begin * L, f.c_prev[r] + blocks.begin * L, static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
+  }
+
+  void forward_step(const Forward& f, int64_t s, Range run, T* a) const {
+    const int64_t t = time(s), row_size = blocks.size() * PRE * L, n = run.size();
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = run.begin + i;
+      if (resets_at(t, r)) f.h_prev[r] = in(j.fresh_h), f.c_prev[r] = in(j.fresh_c);
+      f.to[i] = a + i * row_size;
+    }
+    affine(f.h_early, EARLY, LATE - EARLY, S, n, f.h_prev + run.begin, nullptr, f.to);
+    if constexpr (RESETS_FIRST) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t r = run.begin + i;
+        T* q = (j.tape ? tape_row(t, r) : f.state + r * pitch()) + Q_AT * Hp;
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+          V v[PRE], q_value;
+          v[0] = load(f.to[i] + a_at(b - blocks.begin, 0));
+          Cell::template reset<M, V>(v, load(f.c_prev[r] + b * L, lanes(b)), q_value);
+          store(f.to[i] + a_at(b - blocks.begin, 0), v[0]);
+          store(q + b * L, q_value);
+        }
+        f.from[i] = q;
+      }
+      sync();
+      affine(f.h_late, LATE, PRE - LATE, H, n, f.from, nullptr, f.to);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = run.begin + i;
+      T* kept_row = j.tape ? tape_row(t, r) : f.state + r * pitch();
+      T* h_row = j.projected ? kept_row + HIDDEN_AT * Hp : out_row(j.y, t, r);
+      T* c_row = kept_row + C_AT * Hp;
+      const T* c_prev = f.c_prev[r];
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        V v[PRE], p[Cell::PEEP + 1], kept[Cell::KEPT], c = all(T(0)), h;
+        for (int g = 0; g < PRE; ++g) v[g] = load(f.to[i] + a_at(b - blocks.begin, g));
+        load_peepholes(b, p);
+        if constexpr (Cell::CARRIES) c = load(c_prev + b * L, lanes(b));
+        Cell::template forward<M, V>(v, p, c, kept, c, h);
+        if (j.tape)
+          for (int k = 0; k < Cell::KEPT; ++k) store(kept_row + k * Hp + b * L, kept[k]);
+        if constexpr (Cell::CARRIES) {
+          store(c_row + b * L, c);
+          if (j.cells.data) store(out_row(j.cells, t, r) + b * L, c, lanes(b));
+        }
+        store(h_row + b * L, h, lanes(b));
+      }
+      if (Cell::CARRIES) f.c_prev[r] = c_row;
+      f.from[i] = h_row;
+    }
+    sync();
+    if (j.projected) {
+      const Range o = out_blocks();
+      const int64_t first = o.begin * L, count = least(o.end * L, j.R) - first;
+      for (int64_t i = 0; i < n; ++i) f.to[i] = out_row(j.y, t, run.begin + i);
+      if (count > 0) {
+        const Panels<T> p(count, 1, H);
+        for (int64_t panel = 0; panel < p.count(); ++panel)
+          product(p.nv(panel), p.tail(panel), n, H, f.from, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to, first + panel * MAX_NV * L);
+      }
+    }
+    if (j.taps > 1) {
+      const Range o = out_blocks();
+      const int64_t first = o.begin * L, count = most(0, least(o.end * L, j.R) - first);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t r = run.begin + i;
+        memcpy(window(f.past, r, s + 1) + first, out_row(j.y, t, r) + first, static_cast<size_t>(count) * sizeof(T));
+      }
+    }
+    if (j.projected || j.taps > 1) sync();
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = run.begin + i;
+      f.h_prev[r] = j.taps > 1 ? window(f.past, r, s + 1) : out_row(j.y, t, r);
+    }
+  }
+
+  // ======================================================================================================================================
+
+  struct Backward {
+    T *w_ih, *w_early, *w_late, *w_hr;  // packed for the products with da; one pack a share of the units (w_ih: one for all)
+    T *dh, *dc;                         // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
+    T *dhidden, *dq;                    // [row][Hp]
+    T *da, *dy_total;                   // [token of a chunk][da_pitch], [token of a chunk][R padded]
+    T *a_packed, *dy_packed;            // daᵀ, dy_totalᵀ for products over tokens
+    T* operand[4];                      // packed x, h_{t-1}, q, hidden
+    T *zeros, *sums;                    // [MAX_NV·L]; [PRE·H]
+    const T** from;
+    T** to;
+  };
+  static int64_t spread(int64_t n) {  // a pitch whose rows do not fall onto the same cache sets
+    const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    return (ceil_div(n, line) | 1) * line;
+  }
+  int64_t da_pitch() const { return spread(PRE * H); }
+  int64_t dy_pitch() const { return spread(j.R); }
+  int64_t dh_pitch() const { return j.taps > 1 ? history_pitch() : Hp > S ? Hp : S; }
+  int64_t operand_width(int i) const { return i == 0 ? j.I : i == 1 ? S : i == 2 ? (RESETS_FIRST ? H : 0) : j.projected ? H : 0; }
+  Range h_blocks() const { return share(ceil_div(S, L), group, units); }
+
+  // Steps in a chunk of time: the same for any number of workers, since it bounds the sums over tokens.
+  int64_t backward_steps() const { return most(1, least(most(j.T, 1), 512 / most(j.B, 1))); }
+
+  Backward plan_backward(Arena& arena) const {
+    Backward f{};
+    const int64_t tokens = backward_steps() * j.B;
+    const int64_t most_h = ceil_div(ceil_div(S, L), units), most_blocks = ceil_div(ceil_div(H, L), units);
+    for (int64_t g = 0; g < units; ++g) {
+      T* early = arena.take<T>(most_h * L * (LATE - EARLY) * H);
+      T* late = arena.take<T>(most_blocks * L * (PRE - LATE) * H);
+      T* hr = arena.take<T>(j.projected ? most_blocks * L * j.R : 0);
+      if (g == group) f.w_early = early, f.w_late = late, f.w_hr = hr;
+    }
+    f.w_ih = arena.take<T>(j.dx.data ? Panels<T>(j.I, 1, X * H).size() : 0);
+    f.dh = arena.take<T>(j.B * dh_pitch());
+    f.dc = arena.take<T>(j.B * Hp);
+    f.dhidden = arena.take<T>(j.projected ? j.B * Hp : 0);
+    f.dq = arena.take<T>(RESETS_FIRST ? j.B * Hp : 0);
+    f.da = arena.take<T>(tokens * da_pitch());
+    f.dy_total = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
+    f.a_packed = arena.take<T>((PRE * H + PACKED_ROWS) * tokens);
+    f.dy_packed = arena.take<T>(j.projected ? (j.R + PACKED_ROWS) * tokens : 0);
+    for (int i = 0; i < 4; ++i) f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, tokens).size() : 0);
+    const int64_t pointers = most(most(tokens, PRE * H), most(j.R, j.B));
+    for (int64_t i = 0; i < w.count; ++i) {
+      T* zeros = arena.take<T>(MAX_NV * L);
+      T* sums = arena.take<T>(most(PRE * H, j.R) + L);
+      const T** from = arena.take<const T*>(pointers);
+      T** to = arena.take<T*>(pointers);
+      if (i == w.id) f.zeros = zeros, f.sums = sums, f.from = from, f.to = to;
+    }
+    return f;
+  }
+
+  void pack_backward(const Backward& f) const {
+    for (int64_t i = 0; i < MAX_NV * L; ++i) f.zeros[i] = T(0);
+    const Range h = h_blocks();
+    const int64_t h_first = h.begin * L, h_count = least(h.end * L, S) - h_first, first = blocks.begin * L, own = units_of(blocks);
+    auto rows_of = [&](const void* weights, int from_slot, int to_slot, int64_t pitch, int64_t column) {
+      for (int s = from_slot; s < to_slot; ++s)
+        for (int64_t u = 0; u < H; ++u) f.from[(s - from_slot) * H + u] = in(weights) + (Cell::GATE[s] * H + u) * pitch + column;
+    };
+    if (h_count > 0) {
+      rows_of(j.w_hh, EARLY, LATE, S, h_first);
+      const Panels<T> p(h_count, 1, (LATE - EARLY) * H);
+      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_early); });
+    }
+    if (RESETS_FIRST && own > 0) {
+      rows_of(j.w_hh, LATE, PRE, S, first);
+      const Panels<T> p(own, 1, (PRE - LATE) * H);
+      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_late); });
+    }
+    if (j.projected && own > 0) {
+      for (int64_t i = 0; i < j.R; ++i) f.from[i] = in(j.w_hr) + i * H + first;
+      const Panels<T> p(own, 1, j.R);
+      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_hr); });
+    }
+    if (j.dx.data) {
+      rows_of(j.w_ih, 0, X, j.I, 0);
+      const Panels<T> p(j.I, 1, X * H);
+      for (int64_t panel = w.id; panel < p.count(); panel += w.count) pack_rows(p, panel, f.from, f.w_ih);
+    }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      if (group == 0) {
+        T* dh = f.dh + r * dh_pitch();
+        const int64_t end = j.taps > 1 ? (j.T - steps_of(r)) * j.R : 0;
+        for (int64_t i = 0; i < dh_pitch(); ++i) dh[i] = T(0);
+        if (j.dh_T) memcpy(dh + end, in(j.dh_T) + j.index[r] * S, static_cast<size_t>(S) * sizeof(T));
+      }
+      T* dc = f.dc + r * Hp;
+      for (int64_t i = first; i < blocks.end * L; ++i) dc[i] = j.dc_T && i < H ? in(j.dc_T)[j.index[r] * H + i] : T(0);
+    }
+    join();
+  }
+  int64_t steps_of(int64_t r) const {
+    int64_t t = 0;
+    while (t < j.T && j.active[t] > r) ++t;
+    return t;
+  }
+
+  void backward() const {
+    const FlushDenormals<T> guard;
+    Arena arena(w.scratch);
+    const Backward f = plan_backward(arena);
+    pack_backward(f);
+    const int64_t chunk = backward_steps();
+    for (int64_t s1 = j.T; s1 > 0; s1 = most(0, s1 - chunk)) {
+      const int64_t s0 = most(0, s1 - chunk);
+      const int64_t t0 = least(time(s0), time(s1 - 1)), t1 = most(time(s0), time(s1 - 1)) + 1;
+      const int64_t base = j.start[t0], tokens = j.start[t1] - base;
+      for (int64_t s = s1 - 1; s >= s0; --s) backward_step(f, s, base);
+      join();
+      gather(f, t0, t1, tokens);
+      input_gradient(f, t0, t1, base, tokens);
+      vector_gradients(f, t0, t1, tokens);
+      join();  // from here on da may be overwritten by a faster worker's next chunk
+      parameter_gradients(f, tokens);
+    }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const Range h = h_blocks();
+      const int64_t first = h.begin * L, count = most(0, least(h.end * L, S) - first), at = j.index[r];
+      const T* dh = f.dh + r * dh_pitch() + (j.taps > 1 ? j.T * j.R : 0);
+      if (j.dh_0) memcpy(out(j.dh_0) + at * S + first, dh + first, static_cast<size_t>(count) * sizeof(T));
+      if (Cell::CARRIES && j.dc_0)
+        memcpy(out(j.dc_0) + at * H + blocks.begin * L, f.dc + r * Hp + blocks.begin * L, static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
+    }
+  }
+
+  void backward_step(const Backward& f, int64_t s, int64_t base) const {
+    const int64_t t = time(s);
+    const Range run = running(t);
+    const int64_t n = run.size(), token = j.start[t] - base + run.begin;
+    T* da = f.da + token * da_pitch();
+    const Range h = h_blocks();
+    const int64_t h_first = h.begin * L, h_count = least(h.end * L, S) - h_first, first = blocks.begin * L, own = units_of(blocks);
+
+    if (j.projected) {
+      const Range o = out_blocks();
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t r = run.begin + i;
+        const T* dh = j.taps > 1 ? window(f.dh, r, s + 1) : f.dh + r * dh_pitch();
+        T* sum = f.dy_total + (token + i) * dy_pitch();
+        const T* dy = row_of(j.dy, t, r);
+        for (int64_t k = o.begin * L; k < least(o.end * L, j.R); ++k) sum[k] = dy[k] + dh[k];  // dL/dy_t = dy + what later steps send back
+        f.from[i] = sum;
+        f.to[i] = f.dhidden + r * Hp;
+      }
+      sync();
+      if (own > 0) columns(Panels<T>(own, 1, j.R), n, f.from, f.w_hr, f.zeros, f.to, first, true);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = run.begin + i;
+      const T* kept_row = tape_row(t, r);
+      const T* c_row = kept_row + C_AT * Hp;
+      const T* c_prev = Cell::CARRIES ? c_before(s, r) : nullptr;
+      const T* dy = row_of(j.dy, t, r);
+      const T* dh_row = j.projected ? f.dhidden + r * Hp : j.taps > 1 ? window(f.dh, r, s + 1) : f.dh + r * dh_pitch();
+      T* dc_row = f.dc + r * Hp;
+      T* da_row = da + i * da_pitch();
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const int m = lanes(b);
+        V kept[Cell::KEPT], p[Cell::PEEP + 1], d[PRE], c = all(T(0)), before = all(T(0)), dc = all(T(0));
+        for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_row + k * Hp + b * L);
+        load_peepholes(b, p);
+        if constexpr (Cell::CARRIES) c = load(c_row + b * L), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
+        V dh = load(dh_row + b * L, m);
+        if (!j.projected) dh = dh + load(dy + b * L, m);
+        Cell::template backward<M, V>(kept, p, before, c, dh, dc, d);
+        for (int k = 0; k < PRE; ++k)
+          if (!(RESETS_FIRST && k == 0)) store(da_row + k * H + b * L, d[k], m);
+        if constexpr (Cell::CARRIES) store(dc_row + b * L, dc);
+      }
+    }
+    if constexpr (RESETS_FIRST) {
+      sync();
+      for (int64_t i = 0; i < n; ++i) f.from[i] = da + i * da_pitch() + LATE * H, f.to[i] = f.dq + (run.begin + i) * Hp;
+      if (own > 0) columns(Panels<T>(own, 1, (PRE - LATE) * H), n, f.from, f.w_late, f.zeros, f.to, first, true);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t r = run.begin + i;
+        const T *kept_row = tape_row(t, r), *c_prev = c_before(s, r);
+        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+          V kept[Cell::KEPT], d[PRE], dc = load(f.dc + r * Hp + b * L);
+          for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_row + k * Hp + b * L);
+          Cell::template reset_backward<M, V>(kept, load(c_prev + b * L, lanes(b)), load(f.dq + r * Hp + b * L), dc, d);
+          store(da + i * da_pitch() + b * L, d[0], lanes(b));
+          store(f.dc + r * Hp + b * L, dc);
+        }
+      }
+    }
+    sync();
+    for (int64_t i = 0; i < n; ++i) {
+      f.from[i] = da + i * da_pitch() + EARLY * H;
+      f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
+    }
+    if (h_count > 0) columns(Panels<T>(h_count, 1, (LATE - EARLY) * H), n, f.from, f.w_early, j.taps > 1 ? nullptr : f.zeros, f.to, h_first, false);
+    if (j.reset) {
+      for (int64_t r = run.begin; r < run.end; ++r) {
+        const int64_t event = j.reset[t * j.B + j.index[r]];
+        if (event < 0) continue;
+        for (int64_t k = h_first; k < h_first + h_count; ++k) out(j.dreset_h)[event * S + k] = f.dh[r * dh_pitch() + k], f.dh[r * dh_pitch() + k] = T(0);
+        for (int64_t k = first; Cell::CARRIES && k < first + own; ++k) out(j.dreset_c)[event * H + k] = f.dc[r * Hp + k], f.dc[r * Hp + k] = T(0);
+      }
+    }
+    if (j.projected || j.taps > 1) sync();  // else a worker's dh are its own units'
+  }
+
+  // c[r][at ..] = first + a[r]·W (or +=) over all panels; `padded` where the destination holds whole registers.
+  void columns(const Panels<T>& p, int64_t n, const T* const* from, const T* packed, const T* first, T* const* to, int64_t at, bool padded) const {
+    for (int64_t panel = 0; panel < p.count(); ++panel)
+      product(p.nv(panel), padded ? L : p.tail(panel), n, p.K, from, 1, packed + p.at(panel), first, to, at + panel * MAX_NV * L);
+  }
+
+  // Side by side for the products over a chunk's tokens: daᵀ and the operands. Each worker packs its share.
+  void gather(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
+    const int64_t tiles = ceil_div(PRE * H, PACKED_ROWS);
+    const Range own = share(tiles, w.id, w.count);
+    pack_columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, PRE * H), PRE * H, tokens, f.da, da_pitch(), f.a_packed);
+    if (j.projected) {
+      const Range part = share(ceil_div(j.R, PACKED_ROWS), w.id, w.count);
+      pack_columns(part.begin * PACKED_ROWS, least(part.end * PACKED_ROWS, j.R), j.R, tokens, f.dy_total, dy_pitch(), f.dy_packed);
+    }
+    int64_t turn = 0;  // panels of all operands in turn
+    for (int i = 0; i < 4; ++i) {
+      if (operand_width(i) == 0) continue;
+      bool ready = false;
+      const Panels<T> p(operand_width(i), 1, tokens);
+      for (int64_t panel = 0; panel < p.count(); ++panel) {
+        if (turn++ % w.count != w.id) continue;
+        if (!ready) operand_rows(i, t0, t1, f.from);
+        ready = true;
+        pack_rows(p, panel, f.from, f.operand[i]);
+      }
+    }
+  }
+  void operand_rows(int i, int64_t t0, int64_t t1, const T** row) const {
+    for (int64_t t = t0, k = 0; t < t1; ++t) {
+      for (int64_t r = 0; r < j.active[t]; ++r, ++k)
+        row[k] = i == 0 ? row_of(j.x, t, r) : i == 1 ? h_before(time(t), r) : tape_row(t, r) + (i == 2 ? Q_AT : HIDDEN_AT) * Hp;
+    }
+  }
+
+  void input_gradient(const Backward& f, int64_t t0, int64_t t1, int64_t base, int64_t tokens) const {
+    if (!j.dx.data) return;
+    const Range own = share(tokens, w.id, w.count);
+    int64_t n = 0;
+    for (int64_t t = t0; t < t1; ++t)
+      for (int64_t k = most(own.begin, j.start[t] - base); k < least(own.end, j.start[t + 1] - base); ++k, ++n) {
+        f.from[n] = f.da + k * da_pitch();
+        f.to[n] = out_row(j.dx, t, k - (j.start[t] - base));
+      }
+    columns(Panels<T>(j.I, 1, X * H), n, f.from, f.w_ih, f.zeros, f.to, 0, false);
+  }
+
+  // db += Σ da and dp += Σ da·c: sums over a chunk's tokens, in their order; columns are split among the workers.
+  void vector_gradients(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
+    if (j.db_ih || j.db_hh) {
+      const Range m = column_sums(f, f.da, da_pitch(), PRE * H, tokens);
+      for (int64_t i = m.begin; i < m.end; ++i) {
+        const int64_t slot = i / H, at = Cell::GATE[slot] * H + i % H;
+        if (j.db_ih && slot < X) out(j.db_ih)[at] += f.sums[i];
+        if (j.db_hh && slot >= EARLY) out(j.db_hh)[at] += f.sums[i];
+      }
+    }
+    if (j.db_hr) {
+      const Range m = column_sums(f, f.dy_total, dy_pitch(), j.R, tokens);
+      for (int64_t i = m.begin; i < m.end; ++i) out(j.db_hr)[i] += f.sums[i];
+    }
+    if constexpr (Cell::PEEP > 0) {
+      if (!j.dpeep) return;
+      const Range own = share(ceil_div(H, L), w.id, w.count);
+      for (int64_t b = own.begin; b < own.end; ++b) {
+        const int m = lanes(b);
+        V sum[Cell::PEEP];
+        for (int i = 0; i < Cell::PEEP; ++i) sum[i] = load(out(j.dpeep) + i * H + b * L, m);
+        const T* da = f.da + b * L;
+        for (int64_t t = t0; t < t1; ++t)
+          for (int64_t r = 0; r < j.active[t]; ++r, da += da_pitch()) {
+            V d[PRE], dp[Cell::PEEP];
+            for (int k = 0; k < PRE; ++k) d[k] = load(da + k * H, m);
+            Cell::template peephole_gradient<V>(d, load(c_before(time(t), r) + b * L, m), load(tape_row(t, r) + C_AT * Hp + b * L), dp);
+            for (int i = 0; i < Cell::PEEP; ++i) sum[i] = sum[i] + dp[i];
+          }
+        for (int i = 0; i < Cell::PEEP; ++i) store(out(j.dpeep) + i * H + b * L, sum[i], m);
+      }
+    }
+  }
+  Range column_sums(const Backward& f, const T* from, int64_t from_pitch, int64_t columns, int64_t tokens) const {
+    const Range own = share(ceil_div(columns, L), w.id, w.count);
+    const Range m = {own.begin * L, least(own.end * L, columns)};
+    for (int64_t i = m.begin; i < m.end; ++i) f.sums[i] = T(0);
+    for (int64_t k = 0; k < tokens; ++k)
+      for (int64_t i = m.begin; i < m.end; i += L) {
+        const int n = static_cast<int>(least(L, m.end - i));
+        store(f.sums + i, load(f.sums + i) + load(from + k * from_pitch + i, n));
+      }
+    return m;
+  }
+
+  // dW += daᵀ·operand for slots [s0, s1): rows of the weights are split among the workers.
+  void weight_gradient(const Backward& f, int operand, const T* a_packed, int64_t m0, int64_t m1, int64_t tokens, void* weights, bool by_gate) const {
+    const int64_t width = operand_width(operand);
+    const Range tiles = share(ceil_div(m1 - m0, PACKED_ROWS), w.id, w.count);
+    const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
+    if (!weights || begin >= end) return;
+    for (int64_t m = begin; m < end; ++m) {
+      f.from[m - begin] = a_packed + m / PACKED_ROWS * PACKED_ROWS * tokens + m % PACKED_ROWS;
+      f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
+    }
+    const Panels<T> p(width, 1, tokens);
+    for (int64_t panel = 0; panel < p.count(); ++panel)
+      product(p.nv(panel), p.tail(panel), end - begin, tokens, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel), static_cast<const T*>(nullptr), f.to,
+              panel * MAX_NV * L);
+  }
+
+  void parameter_gradients(const Backward& f, int64_t tokens) const {
+    if (tokens == 0) return;
+    weight_gradient(f, 0, f.a_packed, 0, X * H, tokens, j.dw_ih, true);
+    weight_gradient(f, 1, f.a_packed, EARLY * H, LATE * H, tokens, j.dw_hh, true);
+    if constexpr (RESETS_FIRST) weight_gradient(f, 2, f.a_packed, LATE * H, PRE * H, tokens, j.dw_hh, true);
+    if (j.projected) weight_gradient(f, 3, f.dy_packed, 0, j.R, tokens, j.dw_hr, false);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,170 @@
+// The team of threads.hpp: persistent threads that wait for a new generation number, and a barrier that counts arrivals.
+#include "threads.hpp"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace rnnfast {
+namespace {
+
+constexpr int SPINS = 4000;  // some 20 to 60 microseconds before a waiting thread sleeps
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Waits until `value` differs from `old` and returns it.
+unsigned wait_while(const std::atomic<unsigned>& value, unsigned old) {
+  for (int i = 0; i < SPINS; ++i) {
+    const unsigned now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+    relax();
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
+
+struct Barrier {
+  std::atomic<unsigned> arrived{0}, round{0};
+  unsigned count = 1;
+  static void wait(void* p) {
+    Barrier& b = *static_cast<Barrier*>(p);
+    const unsigned round = b.round.load(std::memory_order_relaxed);
+    if (b.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == b.count) {
+      b.arrived.store(0, std::memory_order_relaxed);
+      b.round.store(round + 1, std::memory_order_release);
+      b.round.notify_all();
+    } else {
+      wait_while(b.round, round);
+    }
+  }
+};
+
+class Team {
+ public:
+  void run(int count, Task task, void* data) {
+    while (static_cast<int>(threads_.size()) < count - 1) {
+      const int id = static_cast<int>(threads_.size()) + 1;
+      threads_.emplace_back([this, id, seen = generation_.load()] { work(id, seen); });
+    }
+    task_ = task, data_ = data, count_ = count;
+    barrier_.count = static_cast<unsigned>(count);
+    running_.store(static_cast<unsigned>(threads_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+    task(data, 0, count, Barrier::wait, &barrier_);
+    for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left);
+  }
+
+ private:
+  void work(int id, unsigned seen) {
+    for (;;) {
+      seen = wait_while(generation_, seen);
+      if (id < count_) task_(data_, id, count_, Barrier::wait, &barrier_);
+      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_all();
+    }
+  }
+  std::vector<std::thread> threads_;
+  std::atomic<unsigned> generation_{0}, running_{0};
+  Barrier barrier_;
+  Task task_ = nullptr;
+  void* data_ = nullptr;
+  int count_ = 1;
+};
+
+// The one team of the process and the lock of whoever uses it. Both are leaked on purpose: threads may outlive static destructors, and a fork's
+// child must not touch what its parent's threads held.
+struct Shared {
+  std::mutex busy;
+  Team team;
+};
+std::atomic<Shared*> shared{nullptr};
+std::once_flag at_fork;
+
+void forget() { shared.store(nullptr); }
+
+Shared& the_team() {
+  std::call_once(at_fork, [] { pthread_atfork(nullptr, nullptr, forget); });
+  Shared* now = shared.load();
+  if (!now) {
+    Shared* fresh = new Shared;
+    if (shared.compare_exchange_strong(now, fresh)) return *fresh;
+    delete fresh;
+  }
+  return *now;
+}
+
+int positive(const char* name) {
+  const char* text = getenv(name);
+  const int n = text ? atoi(text) : 0;
+  return n > 0 ? n : 0;
+}
+
+std::atomic<int> wanted{0};
+
+}  // namespace
+
+int hardware_threads() {
+  int n = static_cast<int>(std::thread::hardware_concurrency());
+#ifdef __linux__
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+  if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+    long long quota = 0, period = 0;
+    if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && quota > 0 && period > 0) {
+      const int cpus = static_cast<int>((quota + period - 1) / period);
+      if (cpus < n) n = cpus;
+    }
+    std::fclose(file);
+  }
+#endif
+  return n > 0 ? n : 1;
+}
+
+int thread_count() {
+  int n = wanted.load();
+  if (n > 0) return n;
+  n = positive("RNNFAST_NUM_THREADS");
+  if (n == 0) n = positive("OMP_NUM_THREADS");
+  if (n == 0) n = hardware_threads();
+  wanted.store(n);
+  return n;
+}
+
+void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
+
+void run(int most, Task task, void* data, void (*prepare)(void*, int)) {
+  if (most > 1) {
+    Shared& s = the_team();
+    if (s.busy.try_lock()) {
+      const std::lock_guard<std::mutex> hold(s.busy, std::adopt_lock);
+      prepare(data, most);
+      s.team.run(most, task, data);
+      return;
+    }
+  }
+  Barrier alone;
+  prepare(data, 1);
+  task(data, 0, 1, Barrier::wait, &alone);
+}
+
+}  // namespace rnnfast

@@ -1,0 +1,79 @@
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+class Layout:
+    T: int
+    B: int
+    packed: bool
+    ragged: bool
+    tokens: int
+    def __init__(self, T: int, B: int, lengths: NDArray[np.int64] | None = None) -> None: ...
+    @staticmethod
+    def from_batch_sizes(batch_sizes: NDArray[np.int64]) -> Layout: ...
+
+class Stream:
+    """One step at a time over a snapshot of a layer's weights; `layer.stream()` makes one."""
+
+    state: Any
+    def __init__(
+        self, cell: str, weights: list[list[Array | None]], batch: int, taps: int, skip: bool, fresh_h: Array | None, fresh_c: Array | None
+    ) -> None: ...
+    def __call__(self, x: Array, out: Array | None = None) -> Array: ...
+    def reset(self, mask: NDArray[np.bool_] | None = None) -> None: ...
+    def copy(self) -> Stream: ...
+    def refresh(self) -> None: ...
+
+def tape_size(cell: str, layout: Layout, weights: list[Array | None], taps: int, suffix: str) -> int: ...
+def forward(
+    cell: str,
+    layout: Layout,
+    weights: list[Array | None],
+    suffix: str,
+    taps: int,
+    reversed: bool,
+    x: Array,
+    y: Array,
+    h_0: Array,
+    c_0: Array | None,
+    h_T: Array | None,
+    c_T: Array | None,
+    reset: NDArray[np.int64] | None,
+    fresh_h: Array | None,
+    fresh_c: Array | None,
+    cells: Array | None,
+    tape: Array | None,
+) -> None: ...
+def backward(
+    cell: str,
+    layout: Layout,
+    weights: list[Array | None],
+    suffix: str,
+    taps: int,
+    reversed: bool,
+    x: Array,
+    y: Array,
+    h_0: Array,
+    c_0: Array | None,
+    reset: NDArray[np.int64] | None,
+    fresh_h: Array | None,
+    fresh_c: Array | None,
+    tape: Array,
+    dy: Array,
+    dh_T: Array | None,
+    dc_T: Array | None,
+    dx: Array | None,
+    dh_0: Array | None,
+    dc_0: Array | None,
+    dreset_h: Array | None,
+    dreset_c: Array | None,
+    gradients: list[Array | None],
+) -> None: ...
+def targets() -> list[str]: ...
+def target() -> str: ...
+def use_target(name: str) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...

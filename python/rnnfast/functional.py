@@ -1,0 +1,488 @@
+"""Recurrent nets as pure functions of arrays: layers, directions, lengths and resets around the fused kernels.
+
+Dims    T time, B batch, I input, H hidden, R output width (H, or proj_size), K output taps, G gates, L layers, D directions.
+tape    what one forward keeps for its backward; any number of backwards may use it.
+=, +=   parameter gradients accumulate, every other gradient is overwritten.
+
+The equations are in `rnnfast.reference`, which takes the same arguments. This file knows no parameter's origin and no layer class;
+shapes and dtypes are checked here and at the kernels' border, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+Array: TypeAlias = NDArray[Any]
+State: TypeAlias = "Array | tuple[Array, Array]"
+
+__all__ = ["CELLS", "Tape", "backward", "forward"]
+
+CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "rnn_identity", "lstm", "lstm_peephole", "gru", "gru_reset_before")
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peep", "weight_hr", "bias_hr")
+_Weights: TypeAlias = "list[Array | None]"
+
+
+class _Buffers:
+    """Tape memory that goes round: a fresh page costs more to touch than the kernels need to fill it."""
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int, dtype: np.dtype[Any]) -> Array:
+        with self._lock:
+            for i, buffer in enumerate(self._free):
+                if buffer.dtype == dtype and size <= buffer.size <= 2 * size + 1024:
+                    return self._free.pop(i)
+        return np.empty(size + size // 16, dtype)
+
+    def give(self, buffer: Array) -> None:
+        with self._lock:
+            self._free.append(buffer)
+            del self._free[:-16]
+
+
+_buffers = _Buffers()
+
+
+@dataclass
+class _Run:
+    """One layer in one direction over one call."""
+
+    suffix: str
+    reverse: bool
+    weights: _Weights
+    x: Array  # (T, B, in)
+    y: Array  # (T, B, R), a view into the layer's output
+    h_0: Array  # (B, K*R)
+    c_0: Array | None  # (B, H)
+    fresh_h: Array | None  # (K*R,)
+    fresh_c: Array | None  # (H,)
+    reset: NDArray[np.int64] | None  # (T, B): number of the reset event before this step, else -1
+    events: int
+    buffer: Array | None  # the kernels' tape, somewhat larger than needed
+    size: int = 0
+
+    def __del__(self) -> None:
+        if self.buffer is not None:
+            _buffers.give(self.buffer)
+
+
+@dataclass
+class Tape:
+    """What `forward` keeps for `backward`; opaque to callers."""
+
+    cell: str
+    params: Mapping[str, Array]
+    layout: _core.Layout
+    runs: list[list[_Run]] = field(repr=False)
+    dropout_masks: Sequence[Array] | None
+    skip: bool
+    taps: int
+    paired: bool  # is the state (h, c)?
+    started: bool  # was the state given?
+    parts: list[tuple[int, int, Tape, NDArray[np.bool_]]] = field(default_factory=list, repr=False)  # see _forward_in_parts
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _array(value: Any, name: str, who: str) -> Array:
+    if not isinstance(value, np.ndarray):
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array_interface__"):
+            value = np.from_dlpack(value)
+        else:
+            value = np.asarray(value)
+    array: Array = value
+    if array.dtype.kind != "f":
+        raise ValueError(f"{who}: {name} must hold floats, got dtype {array.dtype}")
+    return array
+
+
+def _tokens(value: Any, name: str, who: str) -> Array:
+    """(T, B, n) with a contiguous last axis: T and B may be strided, so that batch-first data are read in place."""
+    array = _array(value, name, who)
+    if array.ndim != 3:
+        raise ValueError(f"{who}: {name} must have shape (T, B, n), got {array.shape}")
+    if array.shape[2] > 1 and array.strides[2] != array.itemsize:
+        array = np.ascontiguousarray(array)
+    return array
+
+
+def _lengths(lengths: Any, who: str) -> NDArray[np.int64] | None:
+    if lengths is None:
+        return None
+    array = np.asarray(lengths)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"{who}: lengths must be whole numbers (int64), got dtype {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
+def _weights(params: Mapping[str, Array], suffix: str, who: str) -> _Weights:
+    for name in ("weight_ih", "weight_hh"):
+        if name + suffix not in params:
+            raise KeyError(f"{who}: params lacks {name + suffix!r}")
+    return [params.get(name + suffix) for name in _NAMES]
+
+
+def _contiguous(array: Array | None) -> Array | None:
+    return None if array is None else np.ascontiguousarray(array)
+
+
+def _suffix(layer: int, direction: int) -> str:
+    return f"_l{layer}" + ("_reverse" if direction else "")
+
+
+# ---- forward -----------------------------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    cell: str,
+    x: Any,
+    state: Any,
+    params: Mapping[str, Array],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    skip: bool = False,
+    lengths: Any = None,
+    reset: Any = None,
+    dropout_masks: Sequence[Array] | None = None,
+    output_taps: int = 1,
+    cells: bool = False,
+    tape: bool = True,
+) -> Any:
+    """Run layers of a recurrent cell over sequences: the equations of `rnnfast.reference.forward`, fused.
+
+    Args:
+        cell: one of `CELLS`.
+        x: (T, B, I), float32 or float64 like the parameters; T and B may be strided.
+        state: None (from the parameters h_0 and c_0 if there, else zeros), or h (L*D, B, K*R), or for an LSTM and a projected GRU
+            (h, c) with c (L*D, B, H).
+        params: name -> C-contiguous array under torch's names and gate order: weight_ih_l{k}[_reverse] (G*H, in), weight_hh (G*H, K*R), optional
+            bias_ih, bias_hh (G*H,), weight_peep (3, H), weight_hr (R, H), bias_hr (R,); and h_0 (L*D, 1, K*R), c_0 (L*D, 1, H).
+        skip: layers above the first read [x, y_{l-1}], and y is every layer's output side by side.
+        lengths: whole numbers (B,), 0 <= lengths <= T, in any order. Past a row's end y is 0 and x is never read.
+        reset: bool (T, B). True starts the row afresh (from h_0 and c_0, or zeros) before step t, in either direction as if the call were two.
+        dropout_masks: L-1 arrays (T, B, D*R), multiplied onto y_{l-1} where layer l reads it.
+        output_taps: K, how many earlier outputs the recurrence reads; above 1 for one layer in one direction.
+        cells: also return every step's cell state, for LSTMs.
+        tape: whether to keep what `backward` needs.
+
+    Returns:
+        y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
+        y is read-only while a tape may need it.
+
+    Raises:
+        ValueError: naming the argument, its symbolic shape and what it got. KeyError: a missing parameter.
+
+    Sources: as in `rnnfast.reference.forward`.
+
+    >>> import numpy as np
+    >>> one = {"weight_ih_l0": np.ones((1, 1)), "weight_hh_l0": np.ones((1, 1))}
+    >>> y, state, tape = forward("rnn_identity", np.ones((4, 1, 1)), None, one)
+    >>> y.ravel().tolist(), state.tolist()
+    ([1.0, 2.0, 3.0, 4.0], [[[4.0]]])
+    >>> dx, dstate, gradients = backward(tape, np.ones((4, 1, 1)))
+    >>> dx.ravel().tolist(), gradients["weight_hh_l0"].tolist()
+    ([4.0, 3.0, 2.0, 1.0], [[10.0]])
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}; got {cell!r}")
+    who = cell.split("_")[0]
+    lstm, L, D = who == "lstm", num_layers, 1 + bool(bidirectional)
+    if L < 1 or output_taps < 1:
+        raise ValueError(f"{who}: num_layers and output_taps must be at least 1, got {L} and {output_taps}")
+    if output_taps > 1 and (L > 1 or bidirectional):
+        raise ValueError(f"{who}: output_taps above 1 need num_layers=1 and bidirectional=False")
+    if cells and not lstm:
+        raise ValueError(f"{who}: has no cell states")
+    x = _tokens(x, "x", who)
+    T, B, _ = x.shape
+    weights = [[_weights(params, _suffix(layer, d), who) for d in range(D)] for layer in range(L)]
+    w_ih, w_hh, w_hr = weights[0][0][0], weights[0][0][1], weights[0][0][5]
+    assert w_ih is not None and w_hh is not None
+    if w_ih.ndim != 2 or w_ih.shape[1] != x.shape[2]:
+        raise ValueError(f"{who}: x must have shape (T, B, I) with weight_ih_l0 (G*H, I), got {x.shape} with {w_ih.shape}")
+    if x.dtype != w_ih.dtype:
+        raise ValueError(f"{who}: x must have dtype {w_ih.dtype} like the parameters, got {x.dtype}")
+    ends = _lengths(lengths, who)
+    layout = _layout(T, B, ends, who)
+    cut = _reset(reset, T, B, ends, who)
+    if dropout_masks is not None and len(dropout_masks) != L - 1:
+        raise ValueError(f"{who}: dropout_masks must be num_layers - 1 = {L - 1} arrays, got {len(dropout_masks)}")
+
+    gates = 4 if lstm else 3 if who == "gru" else 1
+    H = w_ih.shape[0] // gates
+    R = H if w_hr is None else w_hr.shape[0]
+    S = R * output_taps
+    carries = lstm or who == "gru"
+    paired = lstm or (who == "gru" and w_hr is not None)
+    if cut is not None and output_taps > 1:
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells)
+    fresh_h, fresh_c = (_initial(params, name, (L * D, 1, n), x.dtype, who) for name, n in (("h_0", S), ("c_0", H)))
+    h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
+    if carries and not paired:  # a GRU carries its own h
+        c_0, fresh_c = h_0[..., :H], fresh_h[..., :H]
+
+    h_T, c_T = np.empty_like(h_0), (np.empty((L * D, B, H), x.dtype) if paired else None)
+    new = np.zeros if layout.ragged else np.empty
+    every_y = new((T, B, L * D * R if skip else D * R), x.dtype) if skip or L == 1 else None
+    every_c = new((T, B, (L if skip else 1) * D * H), x.dtype) if cells else None
+    runs: list[list[_Run]] = []
+    y = below = x
+    for layer in range(L):
+        if layer > 0:
+            below = y if dropout_masks is None else y * dropout_masks[layer - 1]
+            below = np.concatenate((x, below), axis=2) if skip else below
+        if every_y is not None:
+            y = every_y[..., layer * D * R : (layer + 1) * D * R]
+        else:
+            y = new((T, B, D * R), x.dtype)
+        layer_runs = []
+        for d in range(D):
+            k = layer * D + d
+            events, count = _events(cut, d == 1, ends)
+            run = _Run(
+                _suffix(layer, d), d == 1, weights[layer][d], below, y[..., d * R : (d + 1) * R], h_0[k],
+                None if c_0 is None or not carries else _contiguous(c_0[k]),
+                fresh_h[k, 0], _contiguous(fresh_c[k, 0]) if carries else None, events, count, None,
+            )  # fmt: skip
+            kept = None
+            if tape:
+                run.size = _core.tape_size(cell, layout, run.weights, output_taps, run.suffix)
+                run.buffer = _buffers.take(run.size, x.dtype)
+                kept = run.buffer[: run.size]
+            c_out = None
+            if every_c is not None and (skip or layer == L - 1):
+                at = (k if skip else d) * H
+                c_out = every_c[..., at : at + H]
+            _core.forward(
+                cell, layout, run.weights, run.suffix, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
+                h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept,
+            )  # fmt: skip
+            layer_runs.append(run)
+        runs.append(layer_runs)
+    result = y if every_y is None else every_y
+    final = h_T if c_T is None else (h_T, c_T)
+    kept_tape = None
+    if tape:
+        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None)
+        result.flags.writeable = False
+    return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
+
+
+def _layout(T: int, B: int, ends: NDArray[np.int64] | None, who: str) -> _core.Layout:
+    try:
+        return _core.Layout(T, B, ends)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from None
+
+
+def _reset(reset: Any, T: int, B: int, ends: NDArray[np.int64] | None, who: str) -> NDArray[np.bool_] | None:
+    """Where a row starts afresh inside its length, or None where none does."""
+    if reset is None:
+        return None
+    cut = np.asarray(reset)
+    if cut.dtype != np.bool_ or cut.shape != (T, B):
+        raise ValueError(f"{who}: reset must be bool of shape (T, B) = ({T}, {B}), got {cut.dtype} of {cut.shape}")
+    if ends is not None:
+        cut = cut & (np.arange(T)[:, None] < ends)
+    return cut if cut.any() else None
+
+
+def _events(
+    cut: NDArray[np.bool_] | None, reverse: bool, ends: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64] | None, int]:
+    """Resets numbered in order of t; the reverse direction starts afresh at t - 1, and at T - 1 anyway."""
+    if cut is None:
+        return None, 0
+    if reverse:
+        cut = np.concatenate((cut[1:], np.zeros_like(cut[:1])))
+    numbers = np.full(cut.shape, -1, np.int64)
+    count = int(cut.sum())
+    numbers[cut] = np.arange(count)
+    return numbers, count
+
+
+def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array:
+    value = params.get(name)
+    if value is None:
+        return np.zeros(shape, dtype)
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(f"{who}: {name} must be {dtype} of shape (L*D, 1, n) = {shape}, got {value.dtype} of {value.shape}")
+    return value
+
+
+def _state(
+    state: Any, paired: bool, h_shape: tuple[int, ...], c_shape: tuple[int, ...], fresh_h: Array, fresh_c: Array, dtype: np.dtype[Any], who: str
+) -> tuple[Array, Array | None]:
+    """Copies of h and c, so that a tape never sees what the caller does to its own."""
+    B = h_shape[1]
+    if state is None:
+        return np.repeat(fresh_h, B, axis=1), np.repeat(fresh_c, B, axis=1) if paired else None
+    if paired != isinstance(state, (tuple, list)) or (paired and len(state) != 2):
+        raise ValueError(f"{who}: state must be {'a pair (h, c)' if paired else 'one array h'}, got {type(state).__name__}")
+    parts = [_array(part, name, who) for part, name in zip(state if paired else (state,), "hc")]
+    for part, name, shape, symbols in zip(parts, "hc", (h_shape, c_shape), ("(L*D, B, R)", "(L*D, B, H)")):
+        if part.shape != shape or part.dtype != dtype:
+            raise ValueError(f"{who}: state {name} must be {dtype} of shape {symbols} = {shape}, got {part.dtype} of {part.shape}")
+    copies = [np.array(part, order="C") for part in parts]
+    return copies[0], copies[1] if paired else None
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, need_dx: bool = True
+) -> tuple[Array | None, State, dict[str, Array]]:
+    """Backpropagation through time: from the gradients of a forward's results to those of its arguments.
+
+    Args:
+        tape: of `forward`; it may be used any number of times, as long as x and the parameters have not changed.
+        dy: like y; never read past a row's end.
+        dstate: like the returned state, or None for zeros.
+        gradients: name -> C-contiguous array of the parameter's shape, added to; None starts from zeros.
+        need_dx: False returns None for dx and saves its product.
+
+    Returns:
+        dx (T, B, I), 0 past a row's end; dstate, the initial state's gradient; gradients. Where forward was given no state, h_0 and
+        c_0 collect the initial state's gradient over the batch, and they collect it at every reset.
+
+    Source: Werbos, "Backpropagation through time: what it does and how to do it" (1990).
+    """
+    who = tape.cell.split("_")[0]
+    if gradients is None:
+        gradients = {name: np.zeros_like(value) for name, value in tape.params.items()}
+    if tape.parts:
+        return _backward_in_parts(tape, dy, dstate, gradients, need_dx)
+    runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
+    first = runs[0][0]
+    T, B, in_0 = first.x.shape
+    R, S, dtype = first.y.shape[2], first.h_0.shape[1], first.x.dtype
+    w_ih = first.weights[0]
+    assert w_ih is not None
+    gates = 4 if who == "lstm" else 3 if who == "gru" else 1
+    H, carries = w_ih.shape[0] // gates, gates > 1
+    dy = _tokens(dy, "dy", who)
+    want = (T, B, (L if tape.skip else 1) * D * R)
+    if dy.shape != want or dy.dtype != dtype:
+        raise ValueError(f"{who}: dy must be {dtype} of y's shape {want}, got {dy.dtype} of {dy.shape}")
+    dh_T = dc_T = None
+    if dstate is not None:
+        zero_h, zero_c = np.zeros((L * D, 1, S), dtype), np.zeros((L * D, 1, H), dtype)
+        dh_T, dc_T = _state(dstate, tape.paired, (L * D, B, S), (L * D, B, H), zero_h, zero_c, dtype, who)
+    for name, value in tape.params.items():
+        if name not in gradients:
+            raise KeyError(f"{who}: gradients lacks {name!r}")
+        if gradients[name].shape != value.shape:
+            raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradients[name].shape}")
+
+    dh_0 = np.empty((L * D, B, S), dtype)
+    dc_0 = np.empty((L * D, B, H), dtype) if carries else None
+    new = np.zeros if tape.layout.ragged else np.empty
+    dx: Array | None = None
+    dx_skip: Array | None = None  # what the layers above the first send to x under skip
+    dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
+    for layer in reversed(range(L)):
+        below: list[Array | None] = []
+        for d, run in enumerate(runs[layer]):
+            k = layer * D + d
+            dbelow = new(run.x.shape, dtype) if layer > 0 or need_dx else None
+            dreset_h = np.empty((run.events, S), dtype) if run.reset is not None else None
+            dreset_c = np.empty((run.events, H), dtype) if run.reset is not None and carries else None
+            assert run.buffer is not None
+            _core.backward(
+                tape.cell, tape.layout, run.weights, run.suffix, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
+                run.fresh_c, run.buffer[: run.size], dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
+                None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
+                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)],
+            )  # fmt: skip
+            if dc_0 is not None and not tape.paired:  # a GRU carries its own h
+                dh_0[k, :, :H] += dc_0[k]
+                if dreset_h is not None and dreset_c is not None:
+                    dreset_h[:, :H] += dreset_c
+            if dreset_h is not None and "h_0" in gradients:
+                gradients["h_0"][k, 0] += dreset_h.sum(axis=0)
+            if dreset_c is not None and tape.paired and "c_0" in gradients:
+                gradients["c_0"][k, 0] += dreset_c.sum(axis=0)
+            below.append(dbelow)
+        total = below[0]
+        if total is not None and D == 2:
+            assert below[1] is not None
+            total += below[1]
+        if layer == 0:
+            dx = total if dx_skip is None or total is None else total + dx_skip
+            break
+        assert total is not None
+        if tape.skip:
+            if need_dx:
+                dx_skip = total[..., :in_0] if dx_skip is None else dx_skip + total[..., :in_0]
+            total = total[..., in_0:]
+        dy_l = total if tape.dropout_masks is None else total * tape.dropout_masks[layer - 1]
+        if tape.skip:
+            dy_l = dy_l + dy[..., (layer - 1) * D * R : layer * D * R]
+    if not tape.started:
+        if "h_0" in gradients:
+            gradients["h_0"] += dh_0.sum(axis=1, keepdims=True)
+        if tape.paired and dc_0 is not None and "c_0" in gradients:
+            gradients["c_0"] += dc_0.sum(axis=1, keepdims=True)
+    return dx, (dh_0, dc_0) if tape.paired and dc_0 is not None else dh_0, gradients
+
+
+# ---- resets with output taps: one call a stretch between resets, since the history of outputs must start afresh ----------------------------
+
+
+def _forward_in_parts(
+    cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
+    paired: bool, cells: bool,
+) -> Any:  # fmt: skip
+    T, B, _ = x.shape
+    bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
+    whole: Tape | None = None
+    ys, cs, parts = [], [], []
+    for t0, t1 in zip(bounds, bounds[1:]):
+        rows = cut[t0]
+        if rows.any() or t0 == 0:
+            _, fresh, _ = forward(cell, x[:0], None, params, output_taps=taps, tape=False)
+            state = fresh if state is None else state
+            old, new = (state, fresh) if paired else ((state,), (fresh,))
+            mixed = tuple(np.where(rows[:, None], b, a) for a, b in zip(old, new))
+            mixed_state = mixed if paired else mixed[0]
+        lengths = None if ends is None else np.clip(ends - t0, 0, t1 - t0)
+        y, state, whole, *c = forward(cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells)
+        ys.append(y)
+        cs.extend(c)
+        if whole is not None:
+            parts.append((t0, t1, whole, rows))
+    result = np.concatenate(ys)
+    if whole is not None:
+        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, False, parts)
+    return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
+
+
+def _backward_in_parts(tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], need_dx: bool) -> tuple[Array | None, State, dict[str, Array]]:
+    dy = _tokens(dy, "dy", tape.cell.split("_")[0])
+    dxs: list[Array] = []
+    for t0, t1, part, rows in reversed(tape.parts):
+        dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, need_dx=need_dx)
+        if dx is not None:
+            dxs.insert(0, dx)
+        for name, d in zip(("h_0", "c_0"), dstate if tape.paired else (dstate,)):
+            if name in gradients:
+                gradients[name][0, 0] += d[0, rows].sum(axis=0)
+            d[0, rows] = 0
+    if not tape.started:
+        for name, d in zip(("h_0", "c_0"), dstate if tape.paired else (dstate,)):
+            if name in gradients:
+                gradients[name] += d.sum(axis=1, keepdims=True)
+    return np.concatenate(dxs) if need_dx else None, dstate, gradients
