@@ -81,13 +81,13 @@ def softmax_cross_entropy(
         raise ValueError(f"{name}: out must be a contiguous {a.dtype} array of shape {a.shape}")
     w, total = _weights(name, weights, t.shape)
     V = a.shape[-1]
-    a2, t1 = a.reshape(-1, V), t.reshape(-1).astype(np.int64)
+    a2, t1 = a.reshape(t.size, V), t.reshape(-1).astype(np.int64)
     skipped = None if w is None else w == 0
     if skipped is not None:
         t1[skipped] = 0
     if t1.size and (V == 0 or t1.min() < 0 or t1.max() >= V):
         raise IndexError(f"{name}: targets must lie in [0, {V}), got {t1.min()} to {t1.max()}")
-    da = (np.empty(a.shape, a.dtype) if out is None else out).reshape(-1, V) if gradient else None
+    da = (np.empty(a.shape, a.dtype) if out is None else out).reshape(t.size, V) if gradient else None
     scale = 1 / total if total else 0.0
     rows = max(1, _BLOCK // max(V, 1))
     scratch = np.empty((min(rows, len(t1)), V), a.dtype)
