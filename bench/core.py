@@ -1,10 +1,12 @@
-"""What the kernels reach of one core's multiply-add peak, against the targets; prints what falls short, and exits 1 if anything does.
+"""What the kernels reach of one core's multiply-add peak, against the targets; prints what falls short, and exits 1
+if anything does.
 
     python bench/core.py                 # about two minutes
     python bench/core.py --quick         # seconds, noisy
 
-Forward and training (forward with tape, then backward to every gradient) at T=100, B=32, I=H=256 on one thread. The peak is the
-better of a measured loop and lanes * 2 * pipes * clock, measured before and after every row. No peer takes part: run.py compares.
+Forward and training (forward with tape, then backward to every gradient) at T=100, B=32, I=H=256 on one thread. The
+peak is the better of a measured loop and lanes * 2 * pipes * clock, measured before and after every row. No peer
+takes part: run.py compares.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-import numpy as np
-
 import limits
+import numpy as np
 import rnnfast
 import rnnfast.functional as F
 import timing
@@ -47,7 +48,9 @@ class Row:
 
     def __str__(self) -> str:
         value = f"{self.value:6.1%}" if self.kind == "share" else f"{self.value:5.2f}x"
-        target = "" if self.target is None else (f"{self.target:.0%}" if self.kind == "share" else f"{self.target:.2f}x")
+        target = (
+            "" if self.target is None else (f"{self.target:.0%}" if self.kind == "share" else f"{self.target:.2f}x")
+        )
         return f"{self.what:<44} {self.mode:<9} {self.ms:9.3f} ms {value} {target:>6} {'SHORT' if self.short else ''}".rstrip()
 
 
@@ -134,7 +137,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         yield bench.share("lstm projected to 128, float32", plain("lstm", mode, proj_size=128), target)
 
     if "x86-64-v3" in rnnfast.targets():
-        before = rnnfast.targets()[0]
+        before = rnnfast.target()
         rnnfast.use_target("x86-64-v3")
         for cell in ("rnn_tanh", "lstm", "gru"):
             for mode, goal3 in (("inference", 0.75), ("training", None)):
@@ -147,7 +150,11 @@ def rows(bench: Bench) -> Iterator[Row]:
             base = plain(cell, mode)
             for what, shape, other in (
                 ("lengths 1..100", dataclasses.replace(base, lengths=lengths), base),
-                ("skip, 2 layers", dataclasses.replace(base, num_layers=2, skip=True), dataclasses.replace(base, num_layers=2)),
+                (
+                    "skip, 2 layers",
+                    dataclasses.replace(base, num_layers=2, skip=True),
+                    dataclasses.replace(base, num_layers=2),
+                ),
                 ("projected to 128", dataclasses.replace(base, proj_size=128), base),
             ):
                 mine, reference = ours(Problem(shape), 1), ours(Problem(other), 1)

@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured: multiply-adds and bytes a second, and the roof that they put over a shape.
+"""What this machine can do at most, measured: multiply-adds and bytes a second, and the roof they put over a shape.
 
-Vocabulary: the *peak* of an instruction set, dtype and thread count is the better of a measured loop and
-lanes * 2 * pipes * clock; *bandwidth* is reading one cache level, per thread count. Compiles limits.cpp with the system's
+Vocabulary: the *peak* of an instruction set, dtype and thread count is the better of a measured loop and the count
+lanes * 2 * pipes * clock; *bandwidth* is reading one cache level. Compiles limits.cpp with the system's
 compiler. Knows nothing of any library.
 """
 
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
 from shapes import Shape
 
 BYTES = {"float32": 4, "float64": 8}
@@ -129,7 +128,8 @@ def bandwidth(level: str, threads: int = 1) -> float:
     library = _library("native")
     sizes = caches()
     last = sizes.get("L3", 16 << 20)
-    size = {"L1": sizes["L1"] // 2, "L2": sizes["L2"] // 2, "L3": min(last // 2, 8 << 20) // threads}.get(level, 2 * last)
+    fitting = {"L1": sizes["L1"] // 2, "L2": sizes["L2"] // 2, "L3": min(last // 2, 8 << 20) // threads}
+    size = fitting.get(level, 2 * last)
     size -= size % 4096
     rounds = max(1, (128 << 20) // size)
     gate = threading.Barrier(threads)
@@ -159,8 +159,8 @@ def level_of(nbytes: float, threads: int) -> str:
 def roof(shape: Shape, threads: int, flops_a_second: float) -> float:
     """Seconds that `shape` takes at least: over its products, the sum of max(flops / peak, bytes / bandwidth).
 
-    A product in the loop reads its weights every step, from the level they live in; a product over all of time reads its
-    operands once. Training adds the transposed products and reads and writes each weight gradient once.
+    A product in the loop reads its weights every step, from the level they live in; a product over all of time reads
+    its operands once. Training adds the transposed products and reads and writes each weight gradient once.
     """
     size = BYTES[shape.dtype]
     training = shape.mode == "training"
@@ -204,7 +204,7 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "rnnfast": rnnfast.__version__,
-        "target": rnnfast.targets()[0],
+        "target": rnnfast.target(),
         "versions": {name: v for name in ("numpy", "torch", "onnxruntime", "jax") if (v := _version(name))},
     }
     for dtype in BYTES:

@@ -1,7 +1,8 @@
-"""Each library behind one interface: a shape in, the sides that can run it out. The only file here that knows libraries.
+"""Each library behind one interface: a shape in, the sides that can run it out. Only this file knows libraries.
 
-Every side gets the same weights and inputs, in its own favourite layout. rnnfast runs `functional`, the public pure functions, on
-weights that change between calls (nothing is packed in advance); onnxruntime keeps its weights as constants, which is its best mode.
+Every side gets the same weights and inputs, in its own favourite layout. rnnfast runs `functional`, the public pure
+functions, on weights that change between calls (nothing is packed in advance); onnxruntime keeps its weights as
+constants, which is its best mode.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-
 import rnnfast
 import rnnfast.functional as F
 from limits import cores
@@ -86,7 +86,7 @@ def ours(problem: Problem, threads: int) -> Side:
     def train(k: int) -> Any:
         for gradient in gradients.values():
             gradient.fill(0)
-        y, state, tape = F.forward(shape.cell, x[k], None, params, **options)
+        y, _, tape = F.forward(shape.cell, x[k], None, params, **options)
         dx, _, _ = F.backward(tape, dy[k], None, gradients)
         return y, dx
 
@@ -117,7 +117,7 @@ def ours(problem: Problem, threads: int) -> Side:
 
 
 def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
-    """torch: grad, no_grad and inference_mode; packed sequences where the shape is ragged; the cell modules where it streams."""
+    """torch: grad, no_grad and inference_mode; packed sequences for ragged shapes, cell modules for streaming."""
     shape = problem.shape
     if shape.cell not in TORCH_CELLS or shape.skip or (shape.proj_size and shape.cell != "lstm"):
         return
@@ -177,10 +177,9 @@ def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
         with torch.no_grad():
             weight[k % weight.shape[0], 0].mul_(1.0001 if k % 2 else 0.9999)
 
+    modes = {"no_grad": infer, "inference_mode": infer_inference_mode, "grad": infer_grad}
     if shape.mode == "training":
         modes = {"training": train}
-    else:
-        modes = {"no_grad": infer, "inference_mode": infer_inference_mode, "grad": infer_grad}
     if shape.mode == "streaming":
         modes |= _torch_cell(torch, shape, problem)
     for n in threads:

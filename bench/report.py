@@ -2,8 +2,9 @@
 
     python bench/report.py bench/results/grid.jsonl --out docs/benchmarks
 
-Tables: geometric means by stratum against their targets, the shapes that fall short, the named workloads. Plots (matplotlib):
-ratio over B x H, share of the roof, cost against T, thread scaling. Knows the lines' fields and nothing of any library.
+Tables: geometric means by stratum against their targets, the shapes that fall short, the named workloads. Plots
+(matplotlib): ratio over B x H, share of the roof, cost against T, thread scaling. Knows the lines' fields and nothing
+of any library.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ TARGETS = {  # geometric mean of (best peer's time / ours)
     "B>=8 gru, rnn inference": 1.4,
     "B>=8 gru, rnn training": 2.0,
 }
+COLUMNS = ("ours ms", "best peer", "peer ms", "ratio", "quartiles", "our share of the roof")
 LEVEL = 0.97  # a ratio that counts as level
 NEAR_THE_ROOF = 0.85  # where a peer itself is this near, level is not asked for
 
 
 def key(record: Record) -> tuple[Any, ...]:
     """What makes two records the same shape."""
-    return tuple(record[f] for f in ("name", "cell", "T", "B", "I", "H", "L", "D", "R", "mode", "threads", "dtype", "steps"))
+    return tuple(
+        record[f] for f in ("name", "cell", "T", "B", "I", "H", "L", "D", "R", "mode", "threads", "dtype", "steps")
+    )
 
 
 def label(r: Record) -> str:
@@ -82,7 +86,12 @@ def page(shapes: Sequence[Shape], plots: Sequence[str], command: str) -> str:
     grid = [s for s in shapes if not s.ours["name"]]
     named = [s for s in shapes if s.ours["name"]]
     machine = shapes[0].ours["machine"]
-    lines = ["# Benchmarks", "", f"Made by `{command}`; every figure comes from one machine, the ratios are what counts.", ""]
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Made by `{command}`; every figure comes from one machine, the ratios are what counts.",
+        "",
+    ]
     lines += table(["fact", "value"], ([k, json.dumps(v).strip('"')] for k, v in machine.items()))
     compared = [s for s in grid if s.best]
     if compared:
@@ -98,10 +107,10 @@ def page(shapes: Sequence[Shape], plots: Sequence[str], command: str) -> str:
         short = sorted((s for s in compared if s.short), key=lambda s: s.best["ratio"] if s.best else 0)
         lines += [f"## Shapes where a peer is faster: {len(short)} of {len(compared)}", ""]
         if short:
-            lines += table(["shape", "ours ms", "best peer", "peer ms", "ratio", "quartiles", "our share of the roof"], map(_row, short))
+            lines += table(["shape", *COLUMNS], map(_row, short))
     if named:
         lines += ["## Named workloads", ""]
-        lines += table(["workload", "ours ms", "best peer", "peer ms", "ratio", "quartiles", "our share of the roof"], map(_row, named))
+        lines += table(["workload", *COLUMNS], map(_row, named))
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines) + "\n"
 
@@ -192,7 +201,9 @@ def main(arguments: list[str]) -> int:
     """Writes folder/README.md and its plots; prints the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=pathlib.Path, nargs="+")
-    parser.add_argument("--out", type=pathlib.Path, help="a folder for README.md and the plots; default: print the tables")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="a folder for README.md and the plots; default: print the tables"
+    )
     parser.add_argument("--command", default="python bench/run.py", help="the command to quote on the page")
     options = parser.parse_args(arguments)
     records = [json.loads(line) for path in options.lines for line in path.read_text().splitlines() if line]

@@ -4,8 +4,8 @@
     python bench/run.py --list grid                                      # about an hour
     python bench/run.py --list named --only streaming
 
-For each shape: agreement first (a shape on which the libraries differ is reported and not timed), then each library's fastest
-mode and thread count in short trials, then alternating blocks. `bench/report.py` turns the lines into a page.
+For each shape: agreement first (a shape on which the libraries differ is reported and not timed), then each library's
+fastest mode and thread count in short trials, then alternating blocks. `bench/report.py` turns the lines into a page.
 """
 
 from __future__ import annotations

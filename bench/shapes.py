@@ -37,7 +37,7 @@ class Shape:
     cell: str
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     mode: str = "inference"
     threads: int = 1

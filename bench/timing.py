@@ -1,9 +1,10 @@
 """How two libraries are timed on one machine without fooling anyone.
 
-A `Side` is one library in one mode on one thread count, ready to run. Sides run in *blocks*: a settle (thread pools that still
-spin after a call go to sleep), one call that does not count, then calls of which the median counts. Blocks of the sides
-alternate, and what is reported is the median over rounds of the ratio of neighbouring blocks. Before every call the side's
-weights are written in place and the input is another one, so that nothing remembered can look free. Knows no library.
+A `Side` is one library in one mode on one thread count, ready to run. Sides run in *blocks*: a settle (thread pools
+that still spin after a call go to sleep), one call that does not count, then calls of which the median counts. Blocks
+of the sides alternate, and what is reported is the median over rounds of the ratio of neighbouring blocks. Before
+every call the side's weights are written in place and the input is another one, so that nothing remembered can look
+free. Knows no library.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ INPUTS = 4  # rotated
 
 @dataclasses.dataclass
 class Side:
-    """A library in one mode. `call(k)` runs once on input k; `touch(k)` changes a weight in place; `enter()` sets threads."""
+    """A library in one mode: `call(k)` runs once on input k, `touch(k)` writes a weight, `enter()` sets threads."""
 
     library: str
     mode: str
@@ -51,7 +52,10 @@ class Disagreement(AssertionError):
 
 
 def agree(ours: Side, peer: Side, tolerance: float) -> float:
-    """The largest difference over all results of one call, relative to each array's largest entry; raises beyond tolerance."""
+    """The largest difference over the results of one call, relative to each array's largest entry.
+
+    Raises Disagreement beyond the tolerance.
+    """
     ours.enter()
     mine = ours.results(0)
     peer.enter()
@@ -67,7 +71,9 @@ def agree(ours: Side, peer: Side, tolerance: float) -> float:
             scale = max(float(np.abs(b).max()), 1e-3)
             difference = float(np.abs(a.astype(np.float64) - b).max()) / scale
             if not difference <= tolerance:
-                raise Disagreement(f"{name}: {ours.library} and {peer.library} differ by {difference:.2e} > {tolerance:.2e}")
+                raise Disagreement(
+                    f"{name}: {ours.library} and {peer.library} differ by {difference:.2e} > {tolerance:.2e}"
+                )
             worst = max(worst, difference)
     return worst
 
