@@ -62,10 +62,7 @@ def test_skips_and_fan_out() -> None:
     y = t3(torch.cat([a, b], -1))
     dh, dc, dg = draw(1, 2, 5, seed=2), draw(1, 2, 5, seed=3), draw(1, 2, 4, seed=4)
     (
-        (y * torch.from_numpy(dy)).sum()
-        + (hn * torch.from_numpy(dh)).sum()
-        + (cn * torch.from_numpy(dc)).sum()
-        + (gn * torch.from_numpy(dg)).sum()
+        (y * torch.from_numpy(dy)).sum() + (hn * torch.from_numpy(dh)).sum() + (cn * torch.from_numpy(dc)).sum() + (gn * torch.from_numpy(dg)).sum()
     ).backward()
 
     ours, state = net(x)
@@ -172,9 +169,7 @@ def test_lengths_and_reset_reach_every_recurrent_node_or_the_named_one() -> None
 
 
 def test_a_state_carried_over_is_the_whole_sequence() -> None:
-    net = Graph(
-        {"a": (LSTM(3, 4, dtype="float64", seed=1), "x"), "b": (GRU(4, 4, dtype="float64", seed=2), "a")}
-    ).eval()
+    net = Graph({"a": (LSTM(3, 4, dtype="float64", seed=1), "x"), "b": (GRU(4, 4, dtype="float64", seed=2), "a")}).eval()
     x = draw(9, 2, 3)
     whole, end = net(x)
     first, state = net(x[:4])
@@ -213,9 +208,7 @@ def test_several_outputs_and_one_that_gets_no_gradient() -> None:
 
 
 def test_integers_go_in_and_have_no_gradient() -> None:
-    net = Graph(
-        {"e": (Embedding(5, 3, seed=1), "tokens"), "h": (RNN(3, 4, seed=2), "e"), "y": (Linear(4, 2, seed=3), "h")}
-    )
+    net = Graph({"e": (Embedding(5, 3, seed=1), "tokens"), "h": (RNN(3, 4, seed=2), "e"), "y": (Linear(4, 2, seed=3), "h")})
     y, _ = net(np.array([[0, 4], [2, 2]]))
     dx, _ = net.backward(np.ones_like(y))
     assert dx is None and net.gradients()["e.weight"][2].any() and not net.gradients()["e.weight"][1].any()

@@ -42,9 +42,7 @@ def test_cross_entropy_is_torchs(shape: tuple[int, ...], dtype: str, weighted: b
     size = float(np.abs(logits).max())  # a shifted logit has an error of eps times its size, and so has log p
     assert abs(loss - expected.item()) <= 8 * eps * (size + np.log(shape[-1]))
     assert a.grad is not None and da is not None and da.dtype == dtype
-    np.testing.assert_allclose(
-        da, a.grad, rtol=8 * eps * (size + 8), atol=2 * eps * float(weights.max() / weights.sum())
-    )
+    np.testing.assert_allclose(da, a.grad, rtol=8 * eps * (size + 8), atol=2 * eps * float(weights.max() / weights.sum()))
 
 
 def test_cross_entropys_gradient_is_its_derivative() -> None:

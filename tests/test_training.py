@@ -167,9 +167,7 @@ def test_early_stopping_puts_the_best_weights_back() -> None:
 
     layer = Linear(1, 1, seed=0)
     optimizer = SGD(layer, 0.1)
-    run = fit(
-        layer, line(), mean_squared_error, optimizer, epochs=50, validation=validation, patience=3, progress=False
-    )
+    run = fit(layer, line(), mean_squared_error, optimizer, epochs=50, validation=validation, patience=3, progress=False)
     assert (run.epoch, run.best, run.stop) == (7, 3.0, True)
     for name, p in layer.parameters().items():
         np.testing.assert_array_equal(p, kept[3][name])
@@ -232,9 +230,7 @@ def run_of(folder: Path | None, data: Any, seed: int = 0, **options: Any) -> Run
 
 @pytest.mark.parametrize("data", (wave, line), ids=("a stream", "epochs of batches"))
 @pytest.mark.parametrize("stops", ((1, 11), (6, 6), (5, 3, 4), (2,) * 6), ids=str)
-def test_a_resumed_run_is_the_run_never_stopped(
-    tmp_path: Path, data: Callable[[], Any], stops: tuple[int, ...]
-) -> None:
+def test_a_resumed_run_is_the_run_never_stopped(tmp_path: Path, data: Callable[[], Any], stops: tuple[int, ...]) -> None:
     whole = run_of(tmp_path / "whole", data(), steps=12)
     for n, stop in enumerate(stops):
         part = run_of(tmp_path / "parts", data(), seed=n, steps=12, stop_after=stop, resume=n > 0)
@@ -306,9 +302,7 @@ def test_the_one_before_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ("fsync", "replace", "rmtree"))
 @pytest.mark.parametrize("after", range(6))
-def test_a_save_cut_off_anywhere_leaves_a_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
-) -> None:
+def test_a_save_cut_off_anywhere_leaves_a_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
     where = training.shutil if call == "rmtree" else os

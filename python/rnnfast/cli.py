@@ -11,7 +11,7 @@ import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,15 +114,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(args: argparse.Namespace) -> int:
     import numpy as np
+
     import rnnfast
 
-    build: Any = rnnfast
-    targets = list(build.targets())
+    others = [name for name in rnnfast.targets() if name != rnnfast.target()]
     for name, value in (
-        ("rnnfast", build.__version__),
-        ("CPU target", f"{targets[0]} (of {', '.join(targets)})" if targets else "none"),
-        ("threads", build.get_num_threads()),
-        ("CUDA", "yes" if getattr(build, "cuda_available", lambda: False)() else "no"),
+        ("rnnfast", rnnfast.__version__),
+        ("CPU target", f"{rnnfast.target()} (also here: {', '.join(others) or 'none'})"),
+        ("threads", rnnfast.get_num_threads()),
+        ("CUDA", "no (this build has no CUDA kernels)"),
         ("Python", f"{sys.version.split()[0]}, NumPy {np.__version__}"),
     ):
         print(f"{name:12}{value}")
@@ -137,8 +137,7 @@ def _train(args: argparse.Namespace) -> int:
     from .lm import Config, train
 
     if args.threads:
-        kernels: Any = rnnfast
-        kernels.set_num_threads(args.threads)
+        rnnfast.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
     train(
         args.out,

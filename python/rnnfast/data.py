@@ -196,10 +196,7 @@ class Stream:
         if batch_size < 1 or seq_length < 1:
             raise ValueError(f"Stream: sizes must be at least 1, got batch {batch_size}, sequence {seq_length}")
         if len(x) < batch_size * seq_length:
-            raise InputError(
-                f"the text is too short: {len(x)} steps for a batch of {batch_size} x {seq_length}; "
-                "take a smaller batch or sequence"
-            )
+            raise InputError(f"the text is too short: {len(x)} steps for a batch of {batch_size} x {seq_length}; take a smaller batch or sequence")
         self.x, self.target = x, target
         self.seq_length, self.batch_size = seq_length, batch_size
         start = np.arange(batch_size) * (len(x) // batch_size)

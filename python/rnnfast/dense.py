@@ -98,9 +98,7 @@ class Embedding(_Map):
         if tokens.dtype.kind not in "iu":
             raise TypeError(f"{self._name}: tokens must be integers, got dtype {tokens.dtype}")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_embeddings:
-            raise IndexError(
-                f"{self._name}: tokens must lie in [0, {self.num_embeddings}), got {tokens.min()} to {tokens.max()}"
-            )
+            raise IndexError(f"{self._name}: tokens must lie in [0, {self.num_embeddings}), got {tokens.min()} to {tokens.max()}")
         y = np.take(self._parameters["weight"], tokens, axis=0)
         return y, (tokens.astype(np.int64) if self.training else None)
 

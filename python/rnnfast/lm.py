@@ -168,9 +168,7 @@ class LanguageModel:
         unknown = int((tokens[1:] == 0).sum()) * math.log2(max(256 - len(self.alphabet.known), 1))
         return (nats / math.log(2) + unknown) / count
 
-    def sample(
-        self, prompt: bytes, length: int, temperature: float = 0.7, generator: np.random.Generator | None = None
-    ) -> Iterator[bytes]:
+    def sample(self, prompt: bytes, length: int, temperature: float = 0.7, generator: np.random.Generator | None = None) -> Iterator[bytes]:
         """`length` bytes, one at a time, that go on from a prompt: each drawn from softmax(logits / temperature).
 
         temperature 0 takes the likeliest byte. "unknown" is never drawn. The model is not changed.

@@ -105,9 +105,7 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a state_dict. Raises KeyError or ValueError naming what does not fit, before it writes."""
-        own = {
-            f"{name}.{i}": a for i, kept in enumerate(self._kept) for name, a in zip(self.moments, kept, strict=True)
-        }
+        own = {f"{name}.{i}": a for i, kept in enumerate(self._kept) for name, a in zip(self.moments, kept, strict=True)}
         wrong = sorted({*own, "steps"} ^ set(state))
         if wrong:
             raise KeyError(f"{self._name}: state_dict lacks or has unexpected {', '.join(map(repr, wrong))}")

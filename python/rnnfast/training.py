@@ -398,9 +398,7 @@ def fit(
                     y, state = _call(model, batch, run.state)
                     run.loss, dy = loss(y, batch.target)
                     if not math.isfinite(run.loss):
-                        raise FloatingPointError(
-                            f"the loss is {run.loss} at step {run.step}: try a smaller learning rate"
-                        )
+                        raise FloatingPointError(f"the loss is {run.loss} at step {run.step}: try a smaller learning rate")
                     model.backward(dy)
                     if clip is not None:
                         run.gradient_norm = clip_global_norm(model, clip)
