@@ -385,7 +385,8 @@ def fit(
         return run.stop or run.step >= last_step or (epochs is not None and run.epoch >= epochs)
 
     mark, seen = run.seconds, 0  # since the last row of this call
-    with _interrupt_later(checkpoint is not None) as interrupted:
+    quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what is not finite is told by its own error
+    with _interrupt_later(checkpoint is not None) as interrupted, quiet:
         try:
             while not over() and run.step < stop_at and not interrupted:
                 before = run.step
