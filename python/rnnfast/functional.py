@@ -107,13 +107,11 @@ def _array(value: Any, name: str, who: str) -> Array:
     return array
 
 
-def _tokens(value: Any, name: str, who: str) -> Array:
-    """(T, B, n) with a contiguous last axis: T and B may be strided, so that batch-first data are read in place."""
-    array = _array(value, name, who)
-    if array.ndim != 3:
-        raise ValueError(f"{who}: {name} must have shape (T, B, n), got {array.shape}")
-    if array.shape[2] > 1 and array.strides[2] != array.itemsize:
-        array = np.ascontiguousarray(array)
+def _expect(array: Array, name: str, symbols: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array:
+    if array.shape != shape:
+        raise ValueError(f"{who}: {name} must have shape {symbols} = {shape}, got {array.shape}")
+    if array.dtype != dtype:
+        raise ValueError(f"{who}: {name} must have dtype {dtype}, got {array.dtype}")
     return array
 
 
@@ -205,22 +203,26 @@ def forward(
         raise ValueError(f"{who}: output_taps above 1 need num_layers=1 and bidirectional=False")
     if cells and not lstm:
         raise ValueError(f"{who}: has no cell states")
-    x = _tokens(x, "x", who)
-    T, B, _ = x.shape
+    if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
+        raise ValueError(f"{cell}: takes no projection and no output taps, since r multiplies the H-wide state unit by unit")
+    x = _array(x, "x", who)
+    if x.ndim != 3:
+        raise ValueError(f"{who}: x must have shape (T, B, I), got {x.shape}")
+    T, B, I = x.shape
     weights = [[_weights(params, _suffix(layer, d), who) for d in range(D)] for layer in range(L)]
     w_ih, w_hh, w_hr = weights[0][0][0], weights[0][0][1], weights[0][0][5]
     assert w_ih is not None and w_hh is not None
-    if w_ih.ndim != 2 or w_ih.shape[1] != x.shape[2]:
-        raise ValueError(f"{who}: x must have shape (T, B, I) with weight_ih_l0 (G*H, I), got {x.shape} with {w_ih.shape}")
-    if x.dtype != w_ih.dtype:
-        raise ValueError(f"{who}: x must have dtype {w_ih.dtype} like the parameters, got {x.dtype}")
+    gates = 4 if lstm else 3 if who == "gru" else 1
+    if w_ih.ndim != 2 or w_ih.shape[0] % gates or w_ih.shape[1] != I:
+        H = w_hh.shape[0] // gates if w_hh.ndim else 0
+        raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x is (T, B, I) = {x.shape}")
+    _expect(x, "x", "(T, B, I)", x.shape, w_ih.dtype, who)
     ends = _lengths(lengths, who)
     layout = _layout(T, B, ends, who)
     cut = _reset(reset, T, B, ends, who)
     if dropout_masks is not None and len(dropout_masks) != L - 1:
         raise ValueError(f"{who}: dropout_masks must be num_layers - 1 = {L - 1} arrays, got {len(dropout_masks)}")
 
-    gates = 4 if lstm else 3 if who == "gru" else 1
     H = w_ih.shape[0] // gates
     R = H if w_hr is None else w_hr.shape[0]
     S = R * output_taps
@@ -315,11 +317,7 @@ def _events(
 
 def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array:
     value = params.get(name)
-    if value is None:
-        return np.zeros(shape, dtype)
-    if value.shape != shape or value.dtype != dtype:
-        raise ValueError(f"{who}: {name} must be {dtype} of shape (L*D, 1, n) = {shape}, got {value.dtype} of {value.shape}")
-    return value
+    return np.zeros(shape, dtype) if value is None else _expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who)
 
 
 def _state(
@@ -332,9 +330,8 @@ def _state(
     if paired != isinstance(state, (tuple, list)) or (paired and len(state) != 2):
         raise ValueError(f"{who}: state must be {'a pair (h, c)' if paired else 'one array h'}, got {type(state).__name__}")
     parts = [_array(part, name, who) for part, name in zip(state if paired else (state,), "hc")]
-    for part, name, shape, symbols in zip(parts, "hc", (h_shape, c_shape), ("(L*D, B, R)", "(L*D, B, H)")):
-        if part.shape != shape or part.dtype != dtype:
-            raise ValueError(f"{who}: state {name} must be {dtype} of shape {symbols} = {shape}, got {part.dtype} of {part.shape}")
+    for part, name, shape, symbols in zip(parts, ("state h", "state c"), (h_shape, c_shape), ("(L*D, B, R)", "(L*D, B, H)")):
+        _expect(part, name, symbols, shape, dtype, who)
     copies = [np.array(part, order="C") for part in parts]
     return copies[0], copies[1] if paired else None
 
@@ -373,10 +370,8 @@ def backward(
     assert w_ih is not None
     gates = 4 if who == "lstm" else 3 if who == "gru" else 1
     H, carries = w_ih.shape[0] // gates, gates > 1
-    dy = _tokens(dy, "dy", who)
-    want = (T, B, (L if tape.skip else 1) * D * R)
-    if dy.shape != want or dy.dtype != dtype:
-        raise ValueError(f"{who}: dy must be {dtype} of y's shape {want}, got {dy.dtype} of {dy.shape}")
+    wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
+    dy = _expect(_array(dy, "dy", who), "dy", symbols, (T, B, wide), dtype, who)
     dh_T = dc_T = None
     if dstate is not None:
         zero_h, zero_c = np.zeros((L * D, 1, S), dtype), np.zeros((L * D, 1, H), dtype)
@@ -448,6 +443,7 @@ def _forward_in_parts(
 ) -> Any:  # fmt: skip
     T, B, _ = x.shape
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
+    started = state is not None
     whole: Tape | None = None
     ys, cs, parts = [], [], []
     for t0, t1 in zip(bounds, bounds[1:]):
@@ -466,12 +462,12 @@ def _forward_in_parts(
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, False, parts)
+        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 
 def _backward_in_parts(tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], need_dx: bool) -> tuple[Array | None, State, dict[str, Array]]:
-    dy = _tokens(dy, "dy", tape.cell.split("_")[0])
+    dy = _array(dy, "dy", tape.cell.split("_")[0])
     dxs: list[Array] = []
     for t0, t1, part, rows in reversed(tape.parts):
         dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, need_dx=need_dx)

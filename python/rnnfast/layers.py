@@ -398,17 +398,19 @@ class NARX(Module):
         rows = np.full(B, T) if ends is None else ends
         at = rows + np.arange(N - 2, -1, -1)[:, None]  # (N-1, B): where each row's latest inputs lie, newest first
         x_past = whole[at, np.arange(B)]
+        seen = None
         if cut is not None:
             latest = np.where(cut, np.arange(T)[:, None], -T - N).max(axis=0, initial=-T - N)
-            x_past = np.where((at - (N - 1) >= latest)[..., None], x_past, 0)
+            seen = (at - (N - 1) >= latest)[..., None]
+            x_past = np.where(seen, x_past, 0)
         parts = (y[:, 0], (x_past[:, 0], y_past[:, 0])) if single else (y, (x_past, y_past))
-        return parts, (tape, single, known, at, cut is not None)
+        return parts, (tape, single, known, at, seen)
 
     def backward(self, dy: Any, dstate: Any = None) -> tuple[Array, tuple[Array, Array]]:
         """dx, (dx_past, dy_past) = layer.backward(dy, dstate=None); parameter gradients add to `gradients()`. As for the other layers."""
         with self._alone():
             kept = self._pop()
-            tape, single, known, at, _ = kept
+            tape, single, known, at, seen = kept
             try:
                 dy = functional._array(dy, "dy", "narx")
                 dy = dy[:, None] if single else dy
@@ -428,9 +430,7 @@ class NARX(Module):
         for lag in range(N):
             whole[N - 1 - lag : N - 1 - lag + T] += d[:, :, lag]  # step t saw x_{t-lag}
         if dx_end is not None:
-            if known is not None:
-                raise NotImplementedError("narx: dstate beside resets is not supported")
-            np.add.at(whole, (at, np.arange(B)), dx_end)
+            np.add.at(whole, (at, np.arange(B)), dx_end if seen is None else np.where(seen, dx_end, 0))
         dx, dx_past = whole[N - 1 :], whole[: N - 1][::-1]
         return (dx[:, 0], (dx_past[:, 0], dy_past[:, 0])) if single else (dx, (dx_past, dy_past))
 
