@@ -196,6 +196,22 @@ def test_the_core_links_to_the_runtime_alone() -> None:
     assert re.search(r"omp|blas|mkl", needed) is None
 
 
+# ---- The README ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_two_commands_and_an_example_that_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M) == [
+        "pip install . && rnnfast lm train\n",
+        "pip install '.[test]' && pytest\n",
+    ]
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    said = subprocess.run([sys.executable, "-c", example], stdout=subprocess.PIPE, text=True, check=True).stdout
+    error = re.search(r"mean squared error ([\d.]+)", said)
+    assert error is not None
+    assert float(error[1]) < 0.1  # guessing leaves 1
+
+
 # ---- A build tree, where there is one --------------------------------------------------------------------------------
 
 
