@@ -152,6 +152,7 @@ def forward(
     bidirectional: bool = False,
     skip: bool = False,
     lengths: Any = None,
+    batch_sizes: Any = None,
     reset: Any = None,
     dropout_masks: Sequence[Array] | None = None,
     output_taps: int = 1,
@@ -169,6 +170,8 @@ def forward(
             bias_ih, bias_hh (G*H,), weight_peep (3, H), weight_hr (R, H), bias_hr (R,); and h_0 (L*D, 1, K*R), c_0 (L*D, 1, H).
         skip: layers above the first read [x, y_{l-1}], and y is every layer's output side by side.
         lengths: whole numbers (B,), 0 <= lengths <= T, in any order. Past a row's end y is 0 and x is never read.
+        batch_sizes: whole numbers (T,), positive and never growing: x is packed, (tokens, I) with step t's rows side by side, as in torch's
+            PackedSequence, and so are y, the masks and c. Without lengths and reset.
         reset: bool (T, B). True starts the row afresh (from h_0 and c_0, or zeros) before step t, in either direction as if the call were two.
         dropout_masks: L-1 arrays (T, B, D*R), multiplied onto y_{l-1} where layer l reads it.
         output_taps: K, how many earlier outputs the recurrence reads; above 1 for one layer in one direction.
@@ -206,19 +209,22 @@ def forward(
     if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
         raise ValueError(f"{cell}: takes no projection and no output taps, since r multiplies the H-wide state unit by unit")
     x = _array(x, "x", who)
-    if x.ndim != 3:
-        raise ValueError(f"{who}: x must have shape (T, B, I), got {x.shape}")
-    T, B, I = x.shape
+    if x.ndim != (3 if batch_sizes is None else 2):
+        raise ValueError(f"{who}: x must have shape {'(T, B, I)' if batch_sizes is None else '(tokens, I)'}, got {x.shape}")
+    I = x.shape[-1]
     weights = [[_weights(params, _suffix(layer, d), who) for d in range(D)] for layer in range(L)]
     w_ih, w_hh, w_hr = weights[0][0][0], weights[0][0][1], weights[0][0][5]
     assert w_ih is not None and w_hh is not None
     gates = 4 if lstm else 3 if who == "gru" else 1
     if w_ih.ndim != 2 or w_ih.shape[0] % gates or w_ih.shape[1] != I:
         H = w_hh.shape[0] // gates if w_hh.ndim else 0
-        raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x is (T, B, I) = {x.shape}")
+        raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x has shape {x.shape}")
     _expect(x, "x", "(T, B, I)", x.shape, w_ih.dtype, who)
     ends = _lengths(lengths, who)
-    layout = _layout(T, B, ends, who)
+    layout = _layout(x, ends, batch_sizes, who)
+    T, B, lead = layout.T, layout.B, x.shape[:-1]
+    if batch_sizes is not None and (lengths is not None or reset is not None or output_taps > 1):
+        raise ValueError(f"{who}: batch_sizes go without lengths, reset and output_taps")
     cut = _reset(reset, T, B, ends, who)
     if dropout_masks is not None and len(dropout_masks) != L - 1:
         raise ValueError(f"{who}: dropout_masks must be num_layers - 1 = {L - 1} arrays, got {len(dropout_masks)}")
@@ -236,19 +242,19 @@ def forward(
         c_0, fresh_c = h_0[..., :H], fresh_h[..., :H]
 
     h_T, c_T = np.empty_like(h_0), (np.empty((L * D, B, H), x.dtype) if paired else None)
-    new = np.zeros if layout.ragged else np.empty
-    every_y = new((T, B, L * D * R if skip else D * R), x.dtype) if skip or L == 1 else None
-    every_c = new((T, B, (L if skip else 1) * D * H), x.dtype) if cells else None
+    new = np.zeros if layout.ragged and not layout.packed else np.empty
+    every_y = new((*lead, L * D * R if skip else D * R), x.dtype) if skip or L == 1 else None
+    every_c = new((*lead, (L if skip else 1) * D * H), x.dtype) if cells else None
     runs: list[list[_Run]] = []
     y = below = x
     for layer in range(L):
         if layer > 0:
             below = y if dropout_masks is None else y * dropout_masks[layer - 1]
-            below = np.concatenate((x, below), axis=2) if skip else below
+            below = np.concatenate((x, below), axis=-1) if skip else below
         if every_y is not None:
             y = every_y[..., layer * D * R : (layer + 1) * D * R]
         else:
-            y = new((T, B, D * R), x.dtype)
+            y = new((*lead, D * R), x.dtype)
         layer_runs = []
         for d in range(D):
             k = layer * D + d
@@ -282,11 +288,16 @@ def forward(
     return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
 
 
-def _layout(T: int, B: int, ends: NDArray[np.int64] | None, who: str) -> _core.Layout:
+def _layout(x: Array, ends: NDArray[np.int64] | None, batch_sizes: Any, who: str) -> _core.Layout:
     try:
-        return _core.Layout(T, B, ends)
+        if batch_sizes is None:
+            return _core.Layout(x.shape[0], x.shape[1], ends)
+        layout = _core.Layout.from_batch_sizes(np.asarray(batch_sizes, np.int64))
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
+    if layout.tokens != len(x):
+        raise ValueError(f"{who}: x must have shape (tokens, I) with as many tokens as batch_sizes add up to = {layout.tokens}, got {x.shape}")
+    return layout
 
 
 def _reset(reset: Any, T: int, B: int, ends: NDArray[np.int64] | None, who: str) -> NDArray[np.bool_] | None:
@@ -364,14 +375,14 @@ def backward(
         return _backward_in_parts(tape, dy, dstate, gradients, need_dx)
     runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
     first = runs[0][0]
-    T, B, in_0 = first.x.shape
-    R, S, dtype = first.y.shape[2], first.h_0.shape[1], first.x.dtype
+    B, lead, in_0 = tape.layout.B, first.x.shape[:-1], first.x.shape[-1]
+    R, S, dtype = first.y.shape[-1], first.h_0.shape[1], first.x.dtype
     w_ih = first.weights[0]
     assert w_ih is not None
     gates = 4 if who == "lstm" else 3 if who == "gru" else 1
     H, carries = w_ih.shape[0] // gates, gates > 1
     wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
-    dy = _expect(_array(dy, "dy", who), "dy", symbols, (T, B, wide), dtype, who)
+    dy = _expect(_array(dy, "dy", who), "dy", symbols, (*lead, wide), dtype, who)
     dh_T = dc_T = None
     if dstate is not None:
         zero_h, zero_c = np.zeros((L * D, 1, S), dtype), np.zeros((L * D, 1, H), dtype)
@@ -384,7 +395,7 @@ def backward(
 
     dh_0 = np.empty((L * D, B, S), dtype)
     dc_0 = np.empty((L * D, B, H), dtype) if carries else None
-    new = np.zeros if tape.layout.ragged else np.empty
+    new = np.zeros if tape.layout.ragged and not tape.layout.packed else np.empty
     dx: Array | None = None
     dx_skip: Array | None = None  # what the layers above the first send to x under skip
     dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
