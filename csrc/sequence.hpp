@@ -224,6 +224,7 @@ struct Sequence {
 
   // Slots [first_slot, first_slot + slots) of the sums: a = first + from·W or a += from·W, for all of this worker's units.
   void affine(const T* packed, int first_slot, int slots, int64_t K, int64_t count, const T* const* from, const T* first, T* const* to) const {
+    if (K == 0 && !first) return;  // a dense layer: no recurrence
     const Panels<T> p(units_of(blocks), slots, K);
     const int64_t width = first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from . import functional
 from .module import Array, Module
 
 
@@ -175,22 +176,27 @@ class Linear(_Map):
         bound = 1 / math.sqrt(self.in_features)
         self.flat[:] = np.random.default_rng(seed).uniform(-bound, bound, self.flat.size)
 
+    def _as_cell(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """The names under which the kernels know a dense layer: a linear cell that reads no earlier output."""
+        named = {"weight_ih_l0": arrays["weight"], "weight_hh_l0": np.empty((self.out_features, 0), self.dtype)}
+        return named | ({"bias_ih_l0": arrays["bias"]} if "bias" in arrays else {})
+
     def _forward(self, x: Array) -> tuple[Array, Any]:
         self._check("x", x, (*x.shape[:-1], self.in_features))
-        y = x.reshape(-1, self.in_features) @ self._parameters["weight"].T  # (N, O)
-        if "bias" in self._parameters:
-            y += self._parameters["bias"]
-        return y.reshape(*x.shape[:-1], self.out_features), x
+        rows = np.ascontiguousarray(x).reshape(1, -1, self.in_features)  # (1, N, I)
+        y, _, tape = functional.forward("rnn_identity", rows, None, self._as_cell(self._parameters), output_taps=0, tape=self.training)
+        y.flags.writeable = True  # a linear cell's backward does not read y
+        return y.reshape(*x.shape[:-1], self.out_features), (tape, x.shape)
 
     def _backward(self, tape: Any, dy: Array) -> Array:
-        x: Array = tape
-        self._check("dy", dy, (*x.shape[:-1], self.out_features))
-        dy2 = dy.reshape(-1, self.out_features)  # (N, O)
+        kept, shape = tape
+        self._check("dy", dy, (*shape[:-1], self.out_features))
         _ = self.flat_gradient
-        self._gradients["weight"] += dy2.T @ x.reshape(-1, self.in_features)
-        if "bias" in self._gradients:
-            self._gradients["bias"] += np.ones(len(dy2), dy2.dtype) @ dy2  # a product sums faster than .sum(0)
-        return (dy2 @ self._parameters["weight"]).reshape(x.shape)
+        rows = np.ascontiguousarray(dy).reshape(1, -1, self.out_features)
+        dx, _, _ = functional.backward(kept, rows, None, self._as_cell(self._gradients))
+        assert dx is not None
+        result: Array = dx.reshape(shape)
+        return result
 
 
 class Dropout(_Map):

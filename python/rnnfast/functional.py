@@ -174,7 +174,7 @@ def forward(
             PackedSequence, and so are y, the masks and c. Without lengths and reset.
         reset: bool (T, B). True starts the row afresh (from h_0 and c_0, or zeros) before step t, in either direction as if the call were two.
         dropout_masks: L-1 arrays (T, B, D*R), multiplied onto y_{l-1} where layer l reads it.
-        output_taps: K, how many earlier outputs the recurrence reads; above 1 for one layer in one direction.
+        output_taps: K, how many earlier outputs the recurrence reads; above 1 for one layer in one direction. 0 makes an RNN a dense layer.
         cells: also return every step's cell state, for LSTMs.
         tape: whether to keep what `backward` needs.
 
@@ -200,10 +200,10 @@ def forward(
         raise ValueError(f"cell must be one of {', '.join(CELLS)}; got {cell!r}")
     who = cell.split("_")[0]
     lstm, L, D = who == "lstm", num_layers, 1 + bool(bidirectional)
-    if L < 1 or output_taps < 1:
+    if L < 1 or output_taps < (who != "rnn"):
         raise ValueError(f"{who}: num_layers and output_taps must be at least 1, got {L} and {output_taps}")
-    if output_taps > 1 and (L > 1 or bidirectional):
-        raise ValueError(f"{who}: output_taps above 1 need num_layers=1 and bidirectional=False")
+    if output_taps != 1 and (L > 1 or bidirectional):
+        raise ValueError(f"{who}: output_taps other than 1 need num_layers=1 and bidirectional=False")
     if cells and not lstm:
         raise ValueError(f"{who}: has no cell states")
     if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
