@@ -1,0 +1,521 @@
+"""Models of symbols in sequence, all of them graphs: language models, encoder-decoders, projections of words; how they write, what they must beat.
+
+symbol   an integer in [0, V): a word, a character, a note
+step     how anything that writes is seen here: logits (B, V), state = step(symbols (B,), state), one symbol a call
+start    the symbol that stands before the first one; stop: the one that ends a sequence
+P        the projection (V, E): symbols as one-hot vectors of length V times P, that is, rows of an Embedding
+It does not know texts, pictures or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .dense import Dropout, Embedding, Linear
+from .graph import Graph
+from .layers import GRU, LSTM, RNN
+from .module import Array, Module
+
+Integers = NDArray[np.int64]
+Step = Callable[[Integers, Any], tuple[Array, Any]]
+_CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
+
+
+def _recurrent(cell: str, *sizes: int, dropout: float = 0.0, seed: int | None = None) -> Any:
+    if cell not in _CELLS:
+        raise ValueError(f"cell must be one of {', '.join(_CELLS)}, got {cell!r}")
+    more = {"forget_bias": 1.0} if cell == "lstm" else {}
+    return _CELLS[cell](*sizes, dropout=dropout if sizes[-1] > 1 else 0.0, seed=seed, **more)
+
+
+def _seeds(seed: int | None, count: int) -> list[int | None]:
+    return [None] * count if seed is None else [int(n) for n in np.random.SeedSequence(seed).generate_state(count)]
+
+
+class TiedLinear(Module):
+    """Logits by the projection that reads: y = x Pᵀ + b, where P (V, E) is an Embedding's table, shared with it.
+
+    x (..., E) -> y (..., V). Parameter of its own: bias (V,), 0 at first; the gradient of P adds to the embedding's. In a graph the embedding is a
+    node too: that is where P is trained. Raises ValueError for a sparse embedding, whose unmet rows an optimizer would skip, and for a wrong shape.
+
+    Source: Press & Wolf 2017, "Using the output embedding to improve language models".
+
+    >>> table = Embedding(5, 2, seed=0)
+    >>> layer = TiedLinear(table)
+    >>> y = layer(np.ones((3, 1, 2), np.float32))
+    >>> bool(np.allclose(y[0, 0], table.parameters()["weight"].sum(axis=1))), layer.backward(np.ones_like(y)).shape
+    (True, (3, 1, 2))
+    """
+
+    def __init__(self, embedding: Embedding) -> None:
+        super().__init__()
+        if embedding.sparse:
+            raise ValueError("TiedLinear: the embedding must not be sparse: every row has a gradient here")
+        self.embedding = embedding
+        self._allocate({"bias": (embedding.num_embeddings,)}, embedding.dtype)
+
+    def __call__(self, x: ArrayLike) -> Array:
+        x = np.asarray(x)
+        E = self.embedding.embedding_dim
+        if x.shape[-1:] != (E,):
+            raise ValueError(f"TiedLinear: x must have shape (..., E) with E = {E}, got {x.shape}")
+        flat = x.reshape(-1, E)
+        y: Array = flat @ self.embedding.parameters()["weight"].T  # (N, V)
+        y += self._parameters["bias"]
+        if self.training:
+            with self._alone():
+                self._push(flat)
+        return y.reshape(*x.shape[:-1], len(self._parameters["bias"]))
+
+    def backward(self, dy: ArrayLike) -> Array:
+        """dx from dy (..., V)."""
+        with self._alone():
+            flat = self._pop()
+        dy = np.asarray(dy)
+        dy2 = dy.reshape(len(flat), -1)
+        self.gradients()["bias"][...] += np.ones(len(dy2), dy2.dtype) @ dy2
+        self.embedding.gradients()["weight"][...] += dy2.T @ flat
+        out: Array = (dy2 @ self.embedding.parameters()["weight"]).reshape(*dy.shape[:-1], flat.shape[1])
+        return out
+
+
+def language_model(
+    vocabulary: int, projection: int, hidden: int, layers: int = 1, *, cell: str = "lstm", dropout: float = 0.0, tied: bool = True,
+    seed: int | None = None,
+) -> Graph:  # fmt: skip
+    """Symbols -> P -> recurrent layers -> softmax's logits, of words or of characters: tokens (T, B) -> (T, B, V).
+
+    tied: the logits are made with P too, through a linear map down to its width where H != E. dropout acts on the projected words, between the
+    layers and before the logits.
+
+    >>> model = language_model(100, 16, 32, seed=0)
+    >>> logits, state = model(np.zeros((5, 2), np.int64))
+    >>> logits.shape, sorted(name for name in model.parameters() if "rnn" not in name)
+    ((5, 2, 100), ['down.bias', 'down.weight', 'logits.bias', 'projection.weight'])
+    """
+    s = _seeds(seed, 6)
+    table = Embedding(vocabulary, projection, seed=s[0])
+    nodes: dict[str, Any] = {"projection": (table, "tokens")}
+    if tied:
+        table.flat *= 1 / math.sqrt(projection)  # so that the first logits are of order 1
+    last = "projection"
+    if dropout:
+        nodes["projection_dropout"], last = (Dropout(dropout, seed=s[1]), last), "projection_dropout"
+    nodes["rnn"], last = (_recurrent(cell, projection, hidden, layers, dropout=dropout, seed=s[2]), last), "rnn"
+    if dropout:
+        nodes["rnn_dropout"], last = (Dropout(dropout, seed=s[3]), last), "rnn_dropout"
+    if tied and hidden != projection:
+        nodes["down"], last = (Linear(hidden, projection, seed=s[4]), last), "down"
+    nodes["logits"] = (TiedLinear(table) if tied else Linear(hidden, vocabulary, seed=s[5]), last)
+    return Graph(nodes)
+
+
+# ---- writing: one symbol at a time
+
+
+def stepper(model: Graph, source: str = "tokens") -> Step:
+    """A graph from symbols to logits as a step. Put the model in eval mode first, or its tapes pile up.
+
+    >>> step = stepper(language_model(7, 4, 8, seed=0).eval())
+    >>> logits, state = step(np.array([1, 2]), None)
+    >>> logits.shape, step(np.array([3, 3]), state)[0].shape
+    ((2, 7), (2, 7))
+    """
+
+    def step(symbols: Integers, state: Any) -> tuple[Array, Any]:
+        logits, state = model({source: np.asarray(symbols)[None]}, state)
+        return logits[0], state
+
+    return step
+
+
+def _rows(state: Any, rows: Any) -> Any:
+    """The batch rows of a state: dicts, pairs and arrays (L, B, H) alike."""
+    if isinstance(state, Mapping):
+        return {name: _rows(part, rows) for name, part in state.items()}
+    if isinstance(state, tuple):
+        return tuple(_rows(part, rows) for part in state)
+    return None if state is None else np.ascontiguousarray(state[:, rows])
+
+
+def _log_softmax(a: Array) -> NDArray[np.float64]:
+    b = a.astype(np.float64)
+    b -= b.max(axis=-1, keepdims=True)
+    out: NDArray[np.float64] = b - np.log(np.exp(b).sum(axis=-1, keepdims=True))
+    return out
+
+
+def greedy(step: Step, state: Any, start: ArrayLike, stop: int, limit: int) -> list[list[int]]:
+    """The likeliest next symbol again and again, for B rows together, until each has met `stop` (left out) or has `limit` symbols.
+
+    start: B symbols; state: what the step begins with, for B rows.
+
+    >>> count = lambda symbols, state: (np.eye(5)[(symbols + 1) % 5], None)  # the symbol after this one
+    >>> greedy(count, None, [0, 2], stop=4, limit=2)
+    [[1, 2], [3]]
+    """
+    now: Integers = np.asarray(start, np.int64)
+    out: list[list[int]] = [[] for _ in now]
+    going = np.ones(len(now), bool)
+    for _ in range(limit):
+        logits, state = step(now, state)
+        now = logits.argmax(axis=1).astype(np.int64)
+        going &= now != stop
+        if not going.any():
+            break
+        for b in np.flatnonzero(going):
+            out[b].append(int(now[b]))
+    return out
+
+
+def beam(step: Step, state: Any, start: int, stop: int, limit: int, *, width: int = 8, length_power: float = 0.0) -> list[tuple[list[int], float]]:
+    """Beam search for one row: up to `width` sequences with log p(sequence, stop), best first by log p / length^length_power (stop counted).
+
+    state: for one row. A sequence is given out once it has met `stop`, with at most `limit` symbols before it. With a width of all sequences the
+    first is the true maximum. Raises ValueError for a width or a limit below 1.
+
+    >>> p = np.log([[0.1, 0.5, 0.4], [0.5, 0.25, 0.25], [0.98, 0.01, 0.01]])  # p(next | this); 0 is start and stop
+    >>> step = lambda symbols, state: (p[symbols], None)
+    >>> greedy(step, None, [0], stop=0, limit=4), beam(step, None, 0, 0, 4, width=2)[0][0]
+    ([[1]], [2])
+    """
+    if width < 1 or limit < 1:
+        raise ValueError(f"beam: width and limit must be at least 1, got {width} and {limit}")
+    live: list[tuple[list[int], float]] = [([], 0.0)]
+    done: list[tuple[list[int], float]] = []
+    now: Integers = np.array([start], np.int64)
+
+    def merit(item: tuple[list[int], float]) -> float:
+        return item[1] / math.pow(len(item[0]) + 1, length_power)
+
+    for _ in range(limit + 1):
+        logits, state = step(now, state)
+        log_p = _log_softmax(logits) + np.array([p for _, p in live])[:, None]  # (beams, V)
+        done += [(symbols, float(log_p[i, stop])) for i, (symbols, _) in enumerate(live)]
+        done = sorted(done, key=merit, reverse=True)[:width]
+        if len(live[0][0]) == limit:
+            break
+        log_p[:, stop] = -np.inf
+        flat = log_p.reshape(-1)
+        best = np.argsort(-flat, kind="stable")[: min(width, flat.size - len(live))]
+        rows, symbols = np.divmod(best, log_p.shape[1])
+        live = [([*live[i][0], int(v)], float(flat[k])) for i, v, k in zip(rows, symbols, best)]
+        if not live or (length_power == 0 and len(done) == width and live[0][1] < done[-1][1]):
+            break  # log p only falls: nothing alive can come back
+        state, now = _rows(state, rows), symbols.astype(np.int64)
+    return done
+
+
+def sample(
+    step: Step,
+    prompt: Sequence[int],
+    limit: int,
+    *,
+    state: Any = None,
+    temperature: float = 1.0,
+    stop: int | None = None,
+    forbidden: Sequence[int] = (),
+    generator: np.random.Generator | None = None,
+) -> Iterator[int]:
+    """Primes a model with a prompt, then draws from softmax(logits / temperature), feeding each symbol back, until `stop` or `limit` symbols.
+
+    temperature 0 takes the likeliest. `stop` itself is not given out; `forbidden` symbols (unknown words, say) are never drawn.
+    Raises ValueError for an empty prompt or a negative temperature.
+
+    >>> count = lambda symbols, state: (50 * np.eye(5)[(symbols + 1) % 5], None)
+    >>> list(sample(count, [0, 1], 10, stop=4))
+    [2, 3]
+    """
+    if len(prompt) == 0:
+        raise ValueError("sample: the prompt must hold at least one symbol")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"sample: temperature must be a number from 0 on, got {temperature}")
+    draw = np.random.default_rng() if generator is None else generator
+    for symbol in prompt[:-1]:
+        _, state = step(np.array([symbol]), state)
+    symbol = int(prompt[-1])
+    for _ in range(limit):
+        logits, state = step(np.array([symbol]), state)
+        a = logits[0].astype(np.float64)
+        a[list(forbidden)] = -np.inf
+        if temperature == 0:
+            symbol = int(a.argmax())
+        else:
+            chances = np.cumsum(np.exp((a - a.max()) / temperature))
+            symbol = int(np.searchsorted(chances, draw.random() * chances[-1], side="right"))
+        if symbol == stop:
+            return
+        yield symbol
+
+
+class EncoderDecoder:
+    """Sequence to sequence: one net reads the source, its last state is the first state of the net that writes the target.
+
+        state_0 = encoder(source)      p(y_t | y_1 .. y_{t-1}, source) = softmax(decoder(y_{t-1}, state_{t-1}))
+
+    `graph` is what is trained: inputs "source" (T_s, B) and "target" (T_t, B), the target one step late with `start` in front; logits (T_t, B, V).
+    Lengths of the sources go in as {"encoder": lengths}. `encode` gives the state, `step` writes; `greedy` and `beam` do both.
+
+    Source: Sutskever, Vinyals & Le 2014, "Sequence to sequence learning with neural networks".
+
+    >>> model = EncoderDecoder(9, 5, 4, 8, seed=0)
+    >>> logits, _ = model.graph({"source": np.zeros((6, 2), np.int64), "target": np.zeros((3, 2), np.int64)})
+    >>> logits.shape, len(model.greedy(np.zeros((6, 2), np.int64), None, start=0, stop=1, limit=4))
+    ((3, 2, 5), 2)
+    """
+
+    def __init__(
+        self, sources: int, targets: int, projection: int, hidden: int, layers: int = 1, *, cell: str = "lstm", dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> None:  # fmt: skip
+        s = _seeds(seed, 5)
+        reads = {
+            "source_projection": (Embedding(sources, projection, seed=s[0]), "source"),
+            "encoder": (_recurrent(cell, projection, hidden, layers, dropout=dropout, seed=s[1]), "source_projection"),
+        }
+        writes = {
+            "target_projection": (Embedding(targets, projection, seed=s[2]), "target"),
+            "decoder": (_recurrent(cell, projection, hidden, layers, dropout=dropout, seed=s[3]), "target_projection"),
+            "logits": (Linear(hidden, targets, seed=s[4]), "decoder"),
+        }
+        self.graph = Graph({**reads, **writes, "decoder.state": "encoder.state"})
+        self._reads, self._writes = Graph(reads), Graph(writes)
+        self.step: Step = stepper(self._writes, "target")
+
+    def encode(self, source: ArrayLike, lengths: ArrayLike | None = None) -> dict[str, Any]:
+        """The state with which `step` starts, from sources (T_s, B) of the given lengths (B,)."""
+        _, state = self._reads(np.asarray(source), None, lengths)
+        return {"decoder": state["encoder"]}
+
+    def _quiet(self) -> None:
+        for graph in (self.graph, self._reads, self._writes):
+            graph.eval()
+
+    def greedy(self, source: ArrayLike, lengths: ArrayLike | None, *, start: int, stop: int, limit: int) -> list[list[int]]:
+        """The likeliest symbol at each step, for all rows together. The model goes to eval mode."""
+        self._quiet()
+        return greedy(self.step, self.encode(source, lengths), np.full(np.shape(source)[1], start), stop, limit)
+
+    def beam(
+        self, source: ArrayLike, lengths: ArrayLike | None, *, start: int, stop: int, limit: int, width: int = 8, length_power: float = 0.0
+    ) -> list[list[tuple[list[int], float]]]:
+        """For every row up to `width` sequences with their log probabilities, best first. The model goes to eval mode."""
+        self._quiet()
+        state = self.encode(source, lengths)
+        rows = range(np.shape(source)[1])
+        return [beam(self.step, _rows(state, [b]), start, stop, limit, width=width, length_power=length_power) for b in rows]
+
+
+# ---- projections of words without a recurrent net
+
+
+class Projections(Module):
+    """Word projections learnt from neighbours alone: the soft bag of words (CBOW) and skip-gram, with negative sampling.
+
+        v = mean over the words read of P[word]      score of a candidate = C[candidate] · v
+
+    x is {"words": (N, K), "candidates": (N, 1 + M)}: K words are read (CBOW: the window, skip-gram: K = 1, the middle word); the first candidate is
+    the word that was there, the others are drawn at random. y (N, 1 + M) are scores for `negative_sampling_loss`. Two tables: `table` P and `context`
+    C, (V, E) each.
+
+    Source: Mikolov et al. 2013, "Distributed representations of words and phrases and their compositionality".
+
+    >>> model = Projections(10, 4, seed=0)
+    >>> y = model({"words": np.array([[1, 2]]), "candidates": np.array([[3, 4, 5]])})
+    >>> model.backward(np.ones_like(y)), y.shape, sorted(model.gradients())
+    (None, (1, 3), ['context.weight', 'table.weight'])
+    """
+
+    def __init__(self, vocabulary: int, projection: int, *, sparse: bool = False, seed: int | None = None) -> None:
+        super().__init__()
+        self.table = Embedding(vocabulary, projection, sparse=sparse, seed=seed)
+        self.context = Embedding(vocabulary, projection, sparse=sparse, seed=seed)
+        self.table.flat *= 0.5 / math.sqrt(projection)
+        self.context.flat[...] = 0
+
+    def leaves(self) -> list[Module]:
+        """Both tables."""
+        return [self.table, self.context]
+
+    def parameters(self) -> dict[str, Array]:
+        """ "table.weight" and "context.weight" -> live views."""
+        return {"table.weight": self.table.parameters()["weight"], "context.weight": self.context.parameters()["weight"]}
+
+    def gradients(self) -> dict[str, Array]:
+        """ "table.weight" and "context.weight" -> live views."""
+        return {"table.weight": self.table.gradients()["weight"], "context.weight": self.context.gradients()["weight"]}
+
+    def zero_gradients(self) -> None:
+        """Sets every gradient to 0 and drops the tapes that no backward took."""
+        self._tapes.clear()
+        self.table.zero_gradients()
+        self.context.zero_gradients()
+
+    def train(self, mode: bool = True) -> Projections:
+        """Training or inference mode. Returns the model."""
+        super().train(mode)
+        self.table.train(mode)
+        self.context.train(mode)
+        return self
+
+    def __call__(self, x: Mapping[str, Any]) -> Array:
+        read, candidates = self.table(x["words"]), self.context(x["candidates"])  # (N, K, E), (N, 1 + M, E)
+        v = read.mean(axis=1)
+        if self.training:
+            with self._alone():
+                self._push((read.shape, v, candidates))
+        y: Array = np.matmul(candidates, v[:, :, None])[:, :, 0]
+        return y
+
+    def backward(self, dy: ArrayLike) -> None:
+        """Adds the gradients of both tables; words have none."""
+        with self._alone():
+            shape, v, candidates = self._pop()
+        dy = np.asarray(dy)
+        dv = np.matmul(dy[:, None], candidates)  # (N, 1, E)
+        self.context.backward(dy[:, :, None] * v[:, None])
+        self.table.backward(np.broadcast_to(dv / v.dtype.type(shape[1]), shape))
+
+    def nearest(self, symbols: Sequence[int], count: int = 5) -> list[list[int]]:
+        """For each symbol the `count` others whose projections have the largest cosine with its own."""
+        return nearest(self.table.parameters()["weight"], symbols, count)
+
+
+def nearest(table: Array, symbols: Sequence[int], count: int = 5) -> list[list[int]]:
+    """For each symbol the `count` other rows of a table (V, E) with the largest cosine.
+
+    >>> nearest(np.array([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0]]), [0], 1)
+    [[1]]
+    """
+    unit = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    cosines = unit[list(symbols)] @ unit.T
+    cosines[np.arange(len(symbols)), list(symbols)] = -np.inf
+    found: list[list[int]] = np.argsort(-cosines, axis=1)[:, :count].tolist()
+    return found
+
+
+def negative_sampling_loss(scores: Array, target: Any = None) -> tuple[float, Array]:
+    """Mean over N of -log σ(s_0) - Σ_{m>0} log σ(-s_m), σ(s) = 1 / (1 + exp -s), and its gradient; the target is not read.
+
+    >>> loss, ds = negative_sampling_loss(np.zeros((2, 3)))
+    >>> round(loss / math.log(2), 6), ds[0].tolist()
+    (3.0, [-0.25, 0.25, 0.25])
+    """
+    sign = np.ones(scores.shape[1], scores.dtype)
+    sign[0] = -1
+    soft = np.logaddexp(0, sign * scores)  # log(1 + exp ±s)
+    ds = sign * np.exp(sign * scores - soft) / scores.dtype.type(len(scores))
+    return float(soft.sum(dtype=np.float64)) / len(scores), ds
+
+
+def window_batches(
+    tokens: ArrayLike, vocabulary: int, *, radius: int, negatives: int, size: int, kind: str = "cbow", subsample: float = 1e-3, seed: int = 0
+) -> Iterator[tuple[dict[str, Integers], None]]:
+    """One epoch of batches for `Projections`: kind "cbow" reads the 2·radius words around each word, "skipgram" the word, for each of them.
+
+    Candidates are drawn with p ∝ count^0.75. Before the windows are cut, a word of frequency f stays with probability min(1, sqrt(subsample / f)). A
+    negative that happens to be the true word counts as one: rare, and common practice. Raises ValueError for another kind.
+
+    >>> batch, _ = next(window_batches(np.arange(50) % 10, 10, radius=2, negatives=3, size=8, subsample=1))
+    >>> batch["words"].shape, batch["candidates"].shape
+    ((8, 4), (8, 4))
+    """
+    if kind not in ("cbow", "skipgram"):
+        raise ValueError(f"window_batches: kind must be cbow or skipgram, got {kind!r}")
+    rng = np.random.default_rng(seed)
+    text: Integers = np.asarray(tokens, np.int64)
+    counts = np.bincount(text, minlength=vocabulary).astype(np.float64)
+    chance = np.cumsum(counts**0.75)
+    keep = np.sqrt(subsample * len(text) / np.maximum(counts, 1))
+    text = text[rng.random(len(text)) < keep[text]]
+    windows = np.lib.stride_tricks.sliding_window_view(text, 2 * radius + 1)
+    around = np.delete(windows, radius, axis=1)  # (N, 2 radius)
+    middle = windows[:, radius]
+    if kind == "skipgram":
+        around, middle = np.repeat(middle, 2 * radius)[:, None], around.reshape(-1)
+    order = rng.permutation(len(middle))
+    for start in range(0, len(order) - size + 1, size):
+        part = order[start : start + size]
+        drawn = np.searchsorted(chance, rng.random((size, negatives)) * chance[-1], side="right")
+        yield {"words": around[part], "candidates": np.concatenate((middle[part, None], drawn), axis=1)}, None
+
+
+# ---- what a language model must beat
+
+
+class KneserNey:
+    """Interpolated modified Kneser-Ney: the n-gram model that is hard to beat by counting.
+
+        p_k(w | u) = max(c(u w) - D(c(u w)), 0) / c(u ·) + γ(u) p_{k-1}(w | u without its first),      p_0 = 1 / V
+
+    c are counts for the highest order, below it the number of different words seen before u w; D = D_1, D_2, D_3+ of each order by Chen & Goodman's
+    estimate from how many n-grams were seen once, twice, three and four times; γ(u) gives back what D took.
+
+    grams (N, n) integers in [0, vocabulary): every training symbol, last, behind its context. Raises ValueError if vocabulary^n does not fit 62 bits.
+
+    Source: Chen & Goodman 1999, "An empirical study of smoothing techniques for language modeling".
+
+    >>> text = np.array([0, 1, 2, 0, 1, 2, 0, 1, 3, 0, 2, 2])
+    >>> model = KneserNey(ngrams(text, 3), 4)
+    >>> p = [float(np.exp(model.log_probability(np.array([[0, 1, w]])))[0]) for w in range(4)]
+    >>> round(sum(p), 9), p[2] > p[3] > p[0]
+    (1.0, True)
+    """
+
+    def __init__(self, grams: ArrayLike, vocabulary: int) -> None:
+        g: Integers = np.asarray(grams, np.int64)
+        if g.ndim != 2 or g.shape[1] * math.log2(max(vocabulary, 2)) > 62:
+            raise ValueError(f"KneserNey: grams must have shape (N, n) with vocabulary^n below 2^62, got {g.shape} and {vocabulary}")
+        self.vocabulary, self.order = vocabulary, g.shape[1]
+        self._levels = []
+        keys, counts = np.unique(self._key(g), return_counts=True)
+        for k in range(self.order, 0, -1):  # keys: the different k-grams of this order, as numbers
+            classes = np.minimum(counts, 3)
+            n1, n2, n3, n4 = (max(int((counts == c).sum()), 1) for c in (1, 2, 3, 4))
+            y = n1 / (n1 + 2 * n2)
+            discounts = np.clip([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3], 0, [0, 1, 2, 3])
+            contexts, first = np.unique(keys // vocabulary, return_index=True)
+            totals = np.add.reduceat(counts, first)
+            given = np.add.reduceat(discounts[classes], first) / totals  # γ(u)
+            self._levels.append((keys, (counts - discounts[classes]), contexts, totals, given))
+            if k > 1:
+                keys, counts = np.unique(keys % vocabulary ** (k - 1), return_counts=True)
+
+    def _key(self, grams: Integers) -> Integers:
+        out: Integers = grams @ (self.vocabulary ** np.arange(grams.shape[1] - 1, -1, -1, dtype=np.int64))
+        return out
+
+    def log_probability(self, grams: ArrayLike) -> NDArray[np.float64]:
+        """(N,) log p(last symbol | the ones before it), of grams (N, n)."""
+        g: Integers = np.asarray(grams, np.int64)
+        p = np.full(len(g), 1 / self.vocabulary)
+        for k, (keys, kept, contexts, totals, given) in enumerate(reversed(self._levels), 1):
+            key = self._key(g[:, self.order - k :])
+            at = np.minimum(np.searchsorted(contexts, key // self.vocabulary), len(contexts) - 1)
+            known = contexts[at] == key // self.vocabulary
+            seen = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            own = np.where(keys[seen] == key, kept[seen], 0.0)
+            p = np.where(known, own / totals[at] + given[at] * p, p)
+        out: NDArray[np.float64] = np.log(p)
+        return out
+
+
+def ngrams(tokens: ArrayLike, n: int, stop: int | None = None) -> Integers:
+    """(N, n): every symbol of a text behind the n - 1 before it; what lies before the text, or before the latest `stop`, counts as `stop` (or 0).
+
+    >>> ngrams([5, 6, 1, 7], 3, stop=1).tolist()
+    [[1, 1, 5], [1, 5, 6], [5, 6, 1], [1, 1, 7]]
+    """
+    text: Integers = np.asarray(tokens, np.int64)
+    fill = 0 if stop is None else stop
+    padded = np.concatenate((np.full(n - 1, fill), text))
+    out: Integers = np.lib.stride_tricks.sliding_window_view(padded, n).copy()
+    if stop is not None:
+        for column in range(n - 3, -1, -1):  # once a stop is met, going back, all before it is stops
+            out[:, column][out[:, column + 1] == stop] = stop
+    return out
