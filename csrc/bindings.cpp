@@ -171,12 +171,16 @@ struct Layout {
     count();
   }
   static Layout from_batch_sizes(const py::array_t<int64_t>& sizes) {
+    const py::array_t<int64_t, py::array::c_style> all(sizes);
+    return from_batch_sizes(all.data(), all.ndim() == 1 ? all.size() : 0);
+  }
+  static Layout from_batch_sizes(const int64_t* sizes, int64_t T) {
     Layout l(0, 0, std::nullopt);
     l.packed = l.ragged = true;
-    l.T = sizes.ndim() == 1 ? sizes.size() : 0;
-    l.B = l.T ? sizes.at(0) : 0;
+    l.T = T;
+    l.B = l.T ? sizes[0] : 0;
     for (int64_t t = 0; t < l.T; ++t) {
-      const int64_t n = sizes.at(t);
+      const int64_t n = sizes[t];
       if (n < 1 || (t > 0 && n > l.active.back())) fail("batch_sizes must be positive and never grow, got " + std::to_string(n) + " at " + std::to_string(t));
       l.active.push_back(n);
     }
@@ -200,8 +204,8 @@ struct Plan {
   int workers, row_groups;
 };
 
-Plan plan(CellKind kind, Dtype dtype, const Job& j) {
-  const int threads = thread_count();
+Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
+  const int threads = std::min(thread_count(), most);
   const double step = 2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
   const double all = static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
@@ -212,31 +216,70 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j) {
   return {1, 1};
 }
 
+// Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of sharing.
+class Packs {
+ public:
+  using Held = std::shared_ptr<Buffer>;
+  Held find(int units) {
+    const std::lock_guard<std::mutex> hold(lock_);
+    for (const Entry& e : entries_)
+      if (e.table == &kernels() && e.units == units) return e.held;
+    return nullptr;
+  }
+  void keep(int units, Held held) {
+    const std::lock_guard<std::mutex> hold(lock_);
+    entries_.push_back({&kernels(), units, std::move(held)});
+  }
+
+ private:
+  struct Entry {
+    const Kernels* table;
+    int units;
+    Held held;
+  };
+  std::mutex lock_;
+  std::vector<Entry> entries_;
+};
+
 struct Call {
   CellKind kind;
   Dtype dtype;
-  const Job& job;
+  Job& job;
   bool backward;
-  void* held = nullptr;  // scratch of the caller's own
-  Buffer buffer{};
+  Packs* snapshot = nullptr;
+  Packs::Held held{};
+  Buffer packs{}, scratch{};
   int row_groups = 1;
+  int most = 1 << 16;  // threads
 
   void run() {
-    const Plan p = held ? Plan{1, 1} : plan(kind, dtype, job);
+    const Plan p = plan(kind, dtype, job, most);
     row_groups = p.row_groups;
     rnnfast::run(p.workers, task, this, prepare);
-    if (!held) Pool::get().give(std::move(buffer));
+    Pool::get().give(std::move(scratch));
+    if (!backward && !held) Pool::get().give(std::move(packs));
   }
   static void prepare(void* data, int count) {
     Call& c = *static_cast<Call*>(data);
     if (count == 1) c.row_groups = 1;
-    if (!c.held) c.buffer = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
+    c.scratch = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
+    if (c.backward) return;
+    const int units = count / c.row_groups;
+    if (c.snapshot) c.held = c.snapshot->find(units);
+    if (c.held) {
+      c.job.packed = true;
+    } else if (c.snapshot) {
+      c.held = std::make_shared<Buffer>(kernels().packs_size(c.kind, c.dtype, c.job, units));
+    } else {
+      c.packs = Pool::get().take(kernels().packs_size(c.kind, c.dtype, c.job, units));
+    }
   }
   static void task(void* data, int id, int count, void (*wait)(void*), void* waiter) {
     Call& c = *static_cast<Call*>(data);
-    const Worker worker{id, count, c.row_groups, c.held ? c.held : c.buffer.data(), wait, waiter};
+    const Worker worker{id, count, c.row_groups, c.held ? c.held->data() : c.packs.data(), c.scratch.data(), wait, waiter};
     if (c.backward) kernels().backward(c.kind, c.dtype, c.job, worker);
     else kernels().forward(c.kind, c.dtype, c.job, worker);
+    if (id == 0 && c.snapshot && !c.job.packed) c.snapshot->keep(count / c.row_groups, c.held);  // its packs are whole: forward joined after packing
   }
 };
 
@@ -308,7 +351,7 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
 
 void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed, const py::array& x,
              py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T, const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells,
-             Array tape) {
+             Array tape, Packs* snapshot) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -329,7 +372,7 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   take_reset(j, check, reset, INT64_MAX);
   if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
   if (j.B == 0) return;
-  Call call{kind, dtype, j, false};
+  Call call{kind, dtype, j, false, snapshot};
   const py::gil_scoped_release release;
   call.run();
 }
@@ -451,7 +494,8 @@ class Stream {
       twin->weights_ = weights_;
       std::memcpy(twin->layers_[i].h.data(), layers_[i].h.data(), h_bytes());
       if (pair()) std::memcpy(twin->layers_[i].c.data(), layers_[i].c.data(), c_bytes());
-      std::memcpy(twin->layers_[i].scratch.data(), layers_[i].scratch.data(), layers_[i].scratch.size());  // the snapshot, not today's weights
+      std::memcpy(twin->layers_[i].packs.data(), layers_[i].packs.data(), layers_[i].packs.size());  // the snapshot, not today's weights
+      twin->layers_[i].job.packed = layers_[i].job.packed;
     }
     return twin;
   }
@@ -462,7 +506,7 @@ class Stream {
  private:
   struct Layer {
     Job job{};
-    Buffer scratch, h, c, x;
+    Buffer packs, scratch, h, c, x;
     std::shared_ptr<Layout> layout;
   };
 
@@ -500,6 +544,7 @@ class Stream {
       if (pair()) j.c_0 = j.c_T = l.c.data();
       else if (carries(kind_)) j.c_0 = l.h.data();  // a GRU carries its h
       l.x = Buffer(static_cast<size_t>(layout_.B * j.I) * item());
+      l.packs = Buffer(kernels().packs_size(kind_, dtype_, j, 1));
       l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
     }
     table_ = &kernels();
@@ -520,7 +565,7 @@ class Stream {
       } else {
         j.y = {layers_[static_cast<size_t>(i + 1)].x.data(), 0, R};
       }
-      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.scratch.data(), nullptr, nullptr});
+      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
       j.packed = true;
       if (skip_ && i + 1 < L) {
         char* next = static_cast<char*>(layers_[static_cast<size_t>(i + 1)].x.data());
@@ -545,22 +590,448 @@ class Stream {
   const Kernels* table_ = nullptr;
 };
 
+// ---- a whole stack of layers over another library's tensors --------------------------------------------------------------------------------
+//
+// DLPack's C exchange reads a tensor in tens of nanoseconds and makes new ones, without linking to the library. What these two functions cannot
+// take (another device, layout, dtype or shape) they decline by returning None: the caller then lets the library itself compute or complain.
+
+namespace tensors {
+
+struct DLTensor {
+  void* data;
+  int32_t device, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;  // in elements
+  uint64_t offset;
+};
+struct Managed {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(Managed*);
+  uint64_t flags;
+  DLTensor tensor;
+};
+struct Exchange {
+  uint32_t major, minor;
+  void* previous;
+  int (*allocate)(DLTensor*, Managed**, void*, void (*)(void*, const char*, const char*));
+  int (*managed_from)(void*, Managed**);
+  int (*to_object)(Managed*, void**);
+  int (*borrow)(void*, DLTensor*);
+  int (*stream)(int32_t, int32_t, void**);
+};
+constexpr int32_t CPU = 1;
+constexpr uint8_t INTEGER = 0, FLOAT = 2;
+
+const Exchange* exchange = nullptr;
+PyObject* plain_types[2] = {};  // no subclass: it may mean anything by its data
+PyObject* requires_grad_name = nullptr;
+
+void open(const py::capsule& capsule, const py::sequence& types) {
+  const auto* api = capsule.get_pointer<const Exchange>();
+  if (api->major != 1 || !api->borrow) fail("this version of DLPack's exchange is not known");
+  for (size_t i = 0; i < 2; ++i) plain_types[i] = py::object(types[i]).release().ptr();
+  requires_grad_name = PyUnicode_InternFromString("requires_grad");
+  exchange = api;
+}
+
+struct Declined {};  // thrown and caught in this section
+
+DLTensor borrow(PyObject* o) {
+  DLTensor t;
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(o));
+  if (type != plain_types[0] && type != plain_types[1]) throw Declined{};
+  if (exchange->borrow(o, &t) != 0) {
+    PyErr_Clear();
+    throw Declined{};
+  }
+  if (t.device != CPU || t.lanes != 1) throw Declined{};
+  t.data = static_cast<char*>(t.data) + t.offset;
+  return t;
+}
+void must(bool condition) {
+  if (!condition) throw Declined{};
+}
+bool is_contiguous(const DLTensor& t) {
+  int64_t step = 1;
+  for (int32_t i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 0) return true;
+    if (t.shape[i] != 1 && t.strides[i] != step) return false;
+    step *= t.shape[i];
+  }
+  return true;
+}
+bool needs_grad(PyObject* o) {
+  const py::object flag = py::reinterpret_steal<py::object>(PyObject_GetAttr(o, requires_grad_name));
+  return flag.ptr() == Py_True;
+}
+
+// What both functions are told: stack_*(cell, layers, directions, batch_first, threads, grad, x, batch_sizes, h, c, weights, ...).
+enum Argument { CELL, LAYERS, DIRECTIONS, BATCH_FIRST, THREADS, GRAD, X, BATCH_SIZES, H_0, C_0, WEIGHTS, TAPE, DY, DH_T, DC_T, NEEDS };
+
+struct Stack {
+  CellKind kind{};
+  Dtype dtype{};
+  DLTensor x{}, h{}, c{};
+  std::vector<Job> jobs;  // layer by layer, direction by direction
+  Layout layout;
+  int64_t L, D, B, T, H{}, R{}, I{}, tokens;
+  bool batch_first, single, grad = false;  // single: one step of x (B, I), h (B, H)
+  int threads;
+  PyObject* const* args;
+
+  explicit Stack(PyObject* const* a) : layout(0, 0, std::nullopt), args(a) {
+    kind = static_cast<CellKind>(number(a[CELL]));
+    L = number(a[LAYERS]), D = number(a[DIRECTIONS]), batch_first = number(a[BATCH_FIRST]), threads = static_cast<int>(number(a[THREADS]));
+    must(kind >= 0 && kind < CELL_KINDS && L > 0 && (D == 1 || D == 2));
+    x = borrow(a[X]);
+    must(x.code == FLOAT && (x.bits == 32 || x.bits == 64));
+    dtype = x.bits == 32 ? FLOAT32 : FLOAT64;
+    if (a[BATCH_SIZES] != Py_None) {
+      const DLTensor sizes = borrow(a[BATCH_SIZES]);
+      must(sizes.ndim == 1 && sizes.code == INTEGER && sizes.bits == 64 && is_contiguous(sizes) && sizes.shape[0] > 0 && x.ndim == 2);
+      try {
+        layout = Layout::from_batch_sizes(static_cast<const int64_t*>(sizes.data), sizes.shape[0]);
+      } catch (const py::value_error&) {
+        throw Declined{};
+      }
+      must(layout.tokens() == x.shape[0]);
+      single = false;
+    } else {
+      single = x.ndim == 2;
+      must(single ? L * D == 1 : x.ndim == 3);
+      const int64_t rows = x.shape[single || batch_first ? 0 : 1];
+      layout = Layout(single ? 1 : x.shape[batch_first ? 1 : 0], rows, std::nullopt);
+    }
+    T = layout.T, B = layout.B, tokens = layout.tokens(), I = x.shape[x.ndim - 1];
+    must(T > 0 && I > 0 && (tokens == 0 || I == 1 || x.strides[x.ndim - 1] == 1));
+    h = state(a[H_0]);
+    R = h.shape[h.ndim - 1];
+    if (a[C_0] != Py_None) c = state(a[C_0]);
+    must((kind == LSTM) == (a[C_0] != Py_None));
+    H = kind == LSTM ? c.shape[c.ndim - 1] : R;
+    must(H > 0 && R > 0);
+    weights();
+    if (a[GRAD] == Py_True && !grad) grad = needs_grad(a[X]) || needs_grad(a[H_0]) || (kind == LSTM && needs_grad(a[C_0]));
+  }
+
+  static int64_t number(PyObject* o) { return PyLong_AsLongLong(o); }
+  size_t item() const { return x.bits / 8; }
+  char* at(void* p, int64_t element) const { return static_cast<char*>(p) + element * static_cast<int64_t>(item()); }
+  DLTensor floats(PyObject* o) const {
+    const DLTensor t = borrow(o);
+    must(t.code == FLOAT && t.bits == x.bits);
+    return t;
+  }
+  DLTensor state(PyObject* o) const {
+    const DLTensor t = floats(o);
+    must(is_contiguous(t) && (single ? t.ndim == 2 && t.shape[0] == B : t.ndim == 3 && t.shape[0] == L * D && t.shape[1] == B));
+    return t;
+  }
+  const void* weight(PyObject* o, int32_t ndim, int64_t rows, int64_t columns) {
+    if (o == Py_None) return nullptr;
+    const DLTensor t = floats(o);
+    must(t.ndim == ndim && t.shape[0] == rows && (ndim == 1 || t.shape[1] == columns) && is_contiguous(t));
+    if (args[GRAD] == Py_True && !grad) grad = needs_grad(o);
+    return t.data;
+  }
+  PyObject* weight_object(int64_t i) const { return PySequence_Fast_GET_ITEM(args[WEIGHTS], i); }
+  int64_t each() const { return PySequence_Fast_GET_SIZE(args[WEIGHTS]) / (L * D); }  // w_ih w_hh [b_ih b_hh] [w_hr]
+
+  void weights() {
+    must(PyList_Check(args[WEIGHTS]) || PyTuple_Check(args[WEIGHTS]));
+    const int64_t n = each(), G = gates(kind);
+    must(n >= 2 && n <= 5 && PySequence_Fast_GET_SIZE(args[WEIGHTS]) == n * L * D);
+    const bool projected = n % 2 == 1;
+    must(projected ? kind == LSTM : R == H);
+    for (int64_t k = 0; k < L * D; ++k) {
+      Job j{};
+      take_layout(j, layout, k % D == 1);
+      j.H = H, j.R = R, j.taps = 1, j.projected = projected;
+      j.I = k < D ? I : D * R;
+      j.w_ih = weight(weight_object(k * n), 2, G * H, j.I);
+      j.w_hh = weight(weight_object(k * n + 1), 2, G * H, R);
+      must(j.w_ih && j.w_hh);
+      if (n >= 4) {
+        j.b_ih = weight(weight_object(k * n + 2), 1, G * H, 0);
+        j.b_hh = weight(weight_object(k * n + 3), 1, G * H, 0);
+        must(!j.b_ih == !j.b_hh);
+      }
+      if (projected) j.w_hr = weight(weight_object(k * n + n - 1), 2, R, H);
+      j.h_0 = at(h.data, k * B * R);
+      j.c_0 = kind == LSTM ? at(c.data, k * B * H) : carries(kind) ? j.h_0 : nullptr;
+      jobs.push_back(j);
+    }
+  }
+
+  Tokens side_by_side(void* data, int64_t width, bool first) const {  // (T, B, width), (B, T, width) or (tokens, width)
+    if (layout.packed) return {data, width, width};
+    return first ? Tokens{data, width, T * width} : Tokens{data, B * width, width};
+  }
+  Tokens strided(const DLTensor& t) const {
+    if (layout.packed) return {t.data, t.strides[0], t.strides[0]};
+    if (single) return {t.data, 0, t.strides[0]};
+    return batch_first ? Tokens{t.data, t.strides[1], t.strides[0]} : Tokens{t.data, t.strides[0], t.strides[1]};
+  }
+  Tokens part(Tokens t, int64_t column) const { return {at(t.data, column), t.step, t.row}; }
+
+  // The tape holds each layer's y, then each direction's own tape: elements from the beginning.
+  static int64_t rounded(int64_t n) { return (n + 15) / 16 * 16; }
+  int64_t y_at(int64_t layer) const { return layer * rounded(tokens * D * R); }
+  int64_t tape_at(int64_t k) const { return y_at(L) + (k == 0 ? 0 : tapes_[static_cast<size_t>(k - 1)]); }
+  int64_t tape_elements() {
+    tapes_.clear();
+    int64_t sum = 0;
+    for (const Job& j : jobs) tapes_.push_back(sum += rounded(static_cast<int64_t>(kernels().tape_size(kind, dtype, j))));
+    return y_at(L) + sum;
+  }
+
+  void run(Job& j, bool backward) const {
+    if (tokens == 0) return;
+    Call call{kind, dtype, j, backward};
+    call.most = threads;
+    call.run();
+  }
+
+ private:
+  std::vector<int64_t> tapes_;  // where each one ends
+};
+
+// A new tensor of the library's own.
+py::object fresh(const Stack& s, std::initializer_list<int64_t> shape, void** data) {
+  DLTensor like{};
+  like.device = CPU, like.ndim = static_cast<int32_t>(shape.size());
+  like.code = FLOAT, like.bits = s.x.bits, like.lanes = 1;
+  like.shape = const_cast<int64_t*>(shape.begin());
+  Managed* made = nullptr;
+  void* object = nullptr;
+  const auto no_memory = [](void*, const char*, const char*) {};
+  if (exchange->allocate(&like, &made, nullptr, no_memory) != 0) throw std::bad_alloc();
+  *data = static_cast<char*>(made->tensor.data) + made->tensor.offset;
+  if (exchange->to_object(made, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+// A tensor (n,) over a buffer that goes back to the pool with it.
+py::object pooled(const Stack& s, int64_t n, void** data) {
+  struct Holder {
+    Managed managed{};
+    int64_t shape = 0, stride = 1;
+    Buffer buffer;
+  };
+  auto* holder = new Holder;
+  holder->buffer = Pool::get().take(static_cast<size_t>(std::max<int64_t>(n, 1)) * s.item());
+  holder->shape = n;
+  Managed& m = holder->managed;
+  m.major = 1, m.context = holder;
+  m.deleter = [](Managed* managed) {
+    auto* mine = static_cast<Holder*>(managed->context);
+    Pool::get().give(std::move(mine->buffer));
+    delete mine;
+  };
+  m.tensor.data = *data = holder->buffer.data();
+  m.tensor.device = CPU, m.tensor.ndim = 1, m.tensor.code = FLOAT, m.tensor.bits = s.x.bits, m.tensor.lanes = 1;
+  m.tensor.shape = &holder->shape, m.tensor.strides = &holder->stride;
+  void* object = nullptr;
+  if (exchange->to_object(&m, &object) != 0) {
+    m.deleter(&m);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+struct Lent {  // a buffer of the pool for the length of a call
+  Buffer buffer;
+  explicit Lent(size_t bytes) : buffer(Pool::get().take(std::max<size_t>(bytes, 64))) {}
+  Lent(const Lent&) = delete;
+  ~Lent() { Pool::get().give(std::move(buffer)); }
+};
+
+// -> y, h_T, c_T or None, tape or None. One step (x (B, I)): y is h_T, and h_T is None.
+py::object forward(Stack& s) {
+  void *y = nullptr, *h_T = nullptr, *c_T = nullptr, *tape = nullptr;
+  const int64_t width = s.D * s.R;
+  const bool packed = s.layout.packed;
+  py::object y_object = packed || s.single ? fresh(s, {s.tokens, width}, &y)
+                        : s.batch_first    ? fresh(s, {s.B, s.T, width}, &y)
+                                           : fresh(s, {s.T, s.B, width}, &y);
+  py::object h_object = s.single ? py::none() : fresh(s, {s.L * s.D, s.B, s.R}, &h_T);
+  py::object c_object = s.kind != LSTM ? py::none() : s.single ? fresh(s, {s.B, s.H}, &c_T) : fresh(s, {s.L * s.D, s.B, s.H}, &c_T);
+  py::object tape_object = s.grad ? pooled(s, s.tape_elements(), &tape) : py::none();
+  const auto bytes = static_cast<size_t>(s.tokens * width) * s.item();
+  const bool between = s.L > 1 && !tape;
+  {
+    const py::gil_scoped_release release;
+    const Lent first(between ? bytes : 0), second(between && s.L > 2 ? bytes : 0);
+    Tokens below = s.strided(s.x);
+    for (int64_t l = 0; l < s.L; ++l) {
+      Tokens out = s.side_by_side(y, width, s.batch_first);
+      if (l < s.L - 1) out = s.side_by_side(tape ? s.at(tape, s.y_at(l)) : (l % 2 ? second : first).buffer.data(), width, false);
+      for (int64_t d = 0; d < s.D; ++d) {
+        const int64_t k = l * s.D + d;
+        Job& j = s.jobs[static_cast<size_t>(k)];
+        j.x = below, j.y = s.part(out, d * s.R);
+        if (h_T) j.h_T = s.at(h_T, k * s.B * s.R);
+        if (c_T) j.c_T = s.at(c_T, k * s.B * s.H);
+        if (tape) j.tape = s.at(tape, s.tape_at(k));
+        s.run(j, false);
+      }
+      below = out;
+    }
+    if (tape && bytes) std::memcpy(s.at(tape, s.y_at(s.L - 1)), y, bytes);  // the caller may write into its own
+  }
+  return py::make_tuple(y_object, h_object, c_object, tape_object);
+}
+
+template <class T>
+void add(void* to, const void* from, int64_t n) {
+  auto* a = static_cast<T*>(to);
+  const auto* b = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; ++i) a[i] += b[i];
+}
+void add(const Stack& s, void* to, const void* from, int64_t n) { s.dtype == FLOAT32 ? add<float>(to, from, n) : add<double>(to, from, n); }
+
+// -> dx, dh_0, dc_0, then one gradient a weight; None where not needed.
+py::object backward(Stack& s, Py_ssize_t count) {
+  const DLTensor tape = s.floats(s.args[TAPE]);
+  must(tape.ndim == 1 && is_contiguous(tape) && tape.shape[0] == s.tape_elements());
+  PyObject* needs = s.args[NEEDS];  // bool for x, h, c and each weight
+  const int64_t n = s.each();
+  must(count == NEEDS + 1 && PyTuple_Check(needs) && PyTuple_GET_SIZE(needs) == 3 + n * s.L * s.D);
+  const auto needed = [&](int64_t i) { return PyTuple_GET_ITEM(needs, i) == Py_True; };
+  const int64_t width = s.D * s.R, below_width = std::max(s.I, s.L > 1 ? width : 0);
+  const auto row = static_cast<size_t>(width) * s.item();
+
+  const Lent zero(row);
+  std::memset(zero.buffer.data(), 0, row);
+  Tokens dy{zero.buffer.data(), 0, 0};
+  if (s.args[DY] != Py_None) {
+    const DLTensor t = s.floats(s.args[DY]);
+    must(t.ndim == s.x.ndim && t.shape[t.ndim - 1] == width && (s.tokens == 0 || width == 1 || t.strides[t.ndim - 1] == 1));
+    for (int32_t i = 0; i + 1 < t.ndim; ++i) must(t.shape[i] == s.x.shape[i]);
+    dy = s.strided(t);
+  }
+  void *dh_T = nullptr, *dc_T = nullptr;
+  if (s.args[DH_T] != Py_None) {
+    const DLTensor t = s.state(s.args[DH_T]);
+    must(t.shape[t.ndim - 1] == s.R);
+    dh_T = t.data;
+  }
+  if (s.args[DC_T] != Py_None) {
+    const DLTensor t = s.state(s.args[DC_T]);
+    must(t.shape[t.ndim - 1] == s.H);
+    dc_T = t.data;
+  }
+
+  void *dx = nullptr, *dh = nullptr, *dc = nullptr;
+  py::list result;
+  if (needed(0)) {
+    result.append(s.layout.packed || s.single ? fresh(s, {s.tokens, s.I}, &dx)
+                  : s.batch_first             ? fresh(s, {s.B, s.T, s.I}, &dx)
+                                              : fresh(s, {s.T, s.B, s.I}, &dx));
+  } else {
+    result.append(py::none());
+  }
+  const py::object dh_object = s.single ? fresh(s, {s.B, s.R}, &dh) : fresh(s, {s.L * s.D, s.B, s.R}, &dh);
+  const py::object dc_object = s.kind != LSTM ? py::none() : s.single ? fresh(s, {s.B, s.H}, &dc) : fresh(s, {s.L * s.D, s.B, s.H}, &dc);
+  result.append(dh_object);
+  result.append(dc_object);
+  for (int64_t k = 0; k < s.L * s.D; ++k) {
+    Job& j = s.jobs[static_cast<size_t>(k)];
+    const int64_t GH = gates(s.kind) * s.H;
+    void** const to[] = {&j.dw_ih, &j.dw_hh, n >= 4 ? &j.db_ih : &j.dw_hr, &j.db_hh, &j.dw_hr};
+    for (int64_t i = 0; i < n; ++i) {
+      PyObject* weight = s.weight_object(k * n + i);
+      if (weight == Py_None || !needed(3 + k * n + i)) {
+        result.append(py::none());
+        continue;
+      }
+      void*& p = *to[i];
+      const bool last = j.projected && i == n - 1;
+      const int64_t rows = last ? s.R : GH, columns = i == 0 ? j.I : i == 1 ? s.R : last ? s.H : 1;
+      result.append(columns == 1 && i >= 2 && !last ? fresh(s, {rows}, &p) : fresh(s, {rows, columns}, &p));
+      std::memset(p, 0, static_cast<size_t>(rows * columns) * s.item());
+    }
+  }
+  if (s.tokens == 0) return py::tuple(result);  // B = 0
+  {
+    const py::gil_scoped_release release;
+    const auto bytes = static_cast<size_t>(s.tokens * below_width) * s.item();
+    const Lent one(s.L > 1 ? bytes : 0), two(s.L > 1 ? bytes : 0), other(s.D > 1 ? bytes : 0);
+    const Lent carried(s.kind != LSTM && carries(s.kind) ? static_cast<size_t>(s.B * s.H) * s.item() : 0);
+    for (int64_t l = s.L - 1; l >= 0; --l) {
+      const int64_t in = s.jobs[static_cast<size_t>(l * s.D)].I;
+      void* below = l == 0 ? dx : (l % 2 ? one : two).buffer.data();
+      const bool first = l == 0 && s.batch_first;
+      for (int64_t d = 0; d < s.D; ++d) {
+        const int64_t k = l * s.D + d;
+        Job& j = s.jobs[static_cast<size_t>(k)];
+        j.x = l == 0 ? s.strided(s.x) : s.side_by_side(s.at(tape.data, s.y_at(l - 1)), width, false);
+        j.y = s.part(s.side_by_side(s.at(tape.data, s.y_at(l)), width, l == s.L - 1 && s.batch_first), d * s.R);
+        j.tape = s.at(tape.data, s.tape_at(k));
+        j.dy = s.part(dy, d * s.R);
+        if (below) j.dx = s.side_by_side(d == 0 ? below : other.buffer.data(), in, first);
+        if (dh_T) j.dh_T = s.at(dh_T, k * s.B * s.R);
+        if (dc_T) j.dc_T = s.at(dc_T, k * s.B * s.H);
+        j.dh_0 = s.at(dh, k * s.B * s.R);
+        if (carries(s.kind)) j.dc_0 = dc ? s.at(dc, k * s.B * s.H) : carried.buffer.data();
+        s.run(j, true);
+        if (carries(s.kind) && !dc) add(s, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
+        if (below && d == 1) add(s, below, other.buffer.data(), s.tokens * in);
+      }
+      dy = s.side_by_side(below, width, false);
+    }
+  }
+  return py::tuple(result);
+}
+
+template <bool BACKWARD>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    if (!exchange || count < (BACKWARD ? NEEDS + 1 : WEIGHTS + 1)) fail("stack: call exchange first, and give every argument");
+    Stack s(args);
+    py::object result = BACKWARD ? backward(s, count) : forward(s);
+    return result.release().ptr();
+  } catch (const Declined&) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef FUNCTIONS[] = {
+    {"stack_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<false>)), METH_FASTCALL,
+     "stack_forward(cell, layers, directions, batch_first, threads, grad, x, batch_sizes, h, c, weights) -> (y, h_T, c_T, tape) or None"},
+    {"stack_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<true>)), METH_FASTCALL,
+     "stack_backward(..., weights, tape, dy, dh_T, dc_T, needs) -> (dx, dh_0, dc_0, *dweights) or None"},
+};
+
+}  // namespace tensors
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "rnnfast's kernels; rnnfast.functional is the way in.";
   py::class_<Layout>(m, "Layout")
       .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"), py::arg("lengths") = py::none())
-      .def_static("from_batch_sizes", &Layout::from_batch_sizes, py::arg("batch_sizes"))
+      .def_static("from_batch_sizes", py::overload_cast<const py::array_t<int64_t>&>(&Layout::from_batch_sizes), py::arg("batch_sizes"))
       .def_readonly("T", &Layout::T)
       .def_readonly("B", &Layout::B)
       .def_readonly("packed", &Layout::packed)
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
+  py::class_<Packs>(m, "Packs").def(py::init<>());
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
   m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
         py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"),
-        py::arg("tape"));
+        py::arg("tape"), py::arg("snapshot") = py::none());
   m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
         py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"),
         py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
@@ -572,6 +1043,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def("reset", &Stream::reset, py::arg("mask") = py::none(), "Puts rows (all, or those where mask (B,) is true) back to the initial state.")
       .def("copy", &Stream::copy, "A stream of its own from here on, with the same snapshot and state.")
       .def("refresh", &Stream::refresh, "Reads the layer's weights anew.");
+  m.def("exchange", &tensors::open, py::arg("capsule"), py::arg("types"), "Names the tensor library whose tensors stack_forward and stack_backward take.");
+  for (PyMethodDef& f : tensors::FUNCTIONS) m.add_object(f.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&f, nullptr)));
   m.def("targets", [] {
     std::vector<std::string> names;
     for (int i = 0; i < target_count(); ++i) names.emplace_back(target(i).target);

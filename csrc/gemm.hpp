@@ -132,10 +132,12 @@ void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t u
     const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
     const T* from = gate[v % p.slots] + unit * pitch;
     const int64_t valid = least(L, units - unit);
-    for (int64_t k0 = 0; k0 < p.K; k0 += 16) {
-      const int64_t k1 = least(p.K, k0 + 16);
-      for (int64_t lane = 0; lane < L; ++lane)
-        for (int64_t k = k0; k < k1; ++k) to[(k * nv + v) * L + lane] = lane < valid ? from[lane * pitch + k] : T(0);
+    for (int64_t k0 = 0; k0 < p.K; k0 += L) {
+      const int count = static_cast<int>(least(L, p.K - k0));
+      Reg<T> square[L];
+      for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(from + lane * pitch + k0, count) : all(T(0));
+      transpose<T>(square);
+      for (int i = 0; i < count; ++i) store(to + ((k0 + i) * nv + v) * L, square[i]);
     }
   }
 }

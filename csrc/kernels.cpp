@@ -38,15 +38,22 @@ int lanes(Dtype dtype) { return dtype == FLOAT32 ? LANES<float> : LANES<double>;
 
 size_t tape_size(CellKind kind, Dtype dtype, const Job& job) {
   size_t size = 0;
-  visit(kind, dtype, job, Worker{0, 1, 1, nullptr, nullptr, nullptr}, [&](const auto& s) { size = static_cast<size_t>(s.tape_size()); });
+  visit(kind, dtype, job, Worker{0, 1, 1, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) { size = static_cast<size_t>(s.tape_size()); });
   return size;
+}
+
+size_t packs_size(CellKind kind, Dtype dtype, const Job& job, int units) {
+  Arena packs(nullptr), scratch(nullptr);
+  visit(kind, dtype, job, Worker{0, units, 1, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) { s.plan_forward(packs, scratch); });
+  return packs.used + 64;
 }
 
 size_t scratch_size(CellKind kind, Dtype dtype, const Job& job, int workers, int row_groups, bool backward) {
   Arena arena(nullptr);
-  visit(kind, dtype, job, Worker{0, workers, row_groups, nullptr, nullptr, nullptr}, [&](const auto& s) {
+  visit(kind, dtype, job, Worker{0, workers, row_groups, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) {
+    Arena packs(nullptr);
     if (backward) s.plan_backward(arena);
-    else s.plan_forward(arena);
+    else s.plan_forward(packs, arena);
   });
   return arena.used + 64;
 }
@@ -61,4 +68,4 @@ void backward(CellKind kind, Dtype dtype, const Job& job, const Worker& worker) 
 }  // namespace
 
 extern "C" __attribute__((visibility("hidden"))) const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET);
-const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {RNNFAST_TARGET_NAME, lanes, tape_size, scratch_size, forward, backward};
+const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {RNNFAST_TARGET_NAME, lanes, tape_size, packs_size, scratch_size, forward, backward};

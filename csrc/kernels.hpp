@@ -48,7 +48,7 @@ struct Job {
   void* h_T;            // (B, S)
   void* c_T;            // (B, H)
   void* tape;           // tape_size elements; null in inference
-  bool packed;          // forward: scratch still holds this job's packed weights, from a call with the same workers
+  bool packed;          // forward: packs still holds this job's weights, from a call with as many workers a row group
 
   Tokens dy;         // (T, B, R)
   Tokens dx;         // (T, B, I)
@@ -65,7 +65,8 @@ struct Job {
 struct Worker {
   int id, count;       // 0 <= id < count
   int row_groups;      // the batch is split into so many parts, the units into count / row_groups
-  void* scratch;       // scratch_size bytes, the same for all, 64-byte aligned
+  void* packs;         // packs_size bytes, the same for all workers, 64-byte aligned: forward's weights in the kernels' order
+  void* scratch;       // scratch_size bytes, likewise
   void (*wait)(void*);  // barrier for all of the job's threads
   void* waiter;
 };
@@ -74,8 +75,9 @@ struct Worker {
 struct Kernels {
   const char* target;
   int (*lanes)(Dtype);
-  // Elements of tape; bytes of scratch for so many workers, forward or backward.
+  // Elements of tape; bytes of forward's packs for so many workers a row group; bytes of scratch for so many workers.
   size_t (*tape_size)(CellKind, Dtype, const Job&);
+  size_t (*packs_size)(CellKind, Dtype, const Job&, int units);
   size_t (*scratch_size)(CellKind, Dtype, const Job&, int workers, int row_groups, bool backward);
   void (*forward)(CellKind, Dtype, const Job&, const Worker&);
   void (*backward)(CellKind, Dtype, const Job&, const Worker&);

@@ -156,28 +156,28 @@ struct Sequence {
   }
   Range out_blocks() const { return share(ceil_div(j.R, L), group, units); }
 
-  Forward plan_forward(Arena& arena) const {
+  Forward plan_forward(Arena& packs, Arena& arena) const {
     Forward f{};
     const int64_t most_blocks = ceil_div(ceil_div(H, L), units), most_rows = j.B, most_outs = ceil_div(ceil_div(j.R, L), units);
     const int64_t row_size = most_blocks * PRE * L;
     for (int64_t g = 0; g < units; ++g) {  // one pack for each share of the units
-      T* x_early = arena.take<T>(most_blocks * least(X, WIDE) * L * j.I);
-      T* x_late = arena.take<T>(most_blocks * (PRE - WIDE) * L * j.I);
-      T* h_early = arena.take<T>(most_blocks * (LATE - EARLY) * L * S);
-      T* h_late = arena.take<T>(most_blocks * (PRE - LATE) * L * H);
-      T* hr = arena.take<T>(j.projected ? most_outs * L * H : 0);
-      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr;
+      T* x_early = packs.take<T>(most_blocks * least(X, WIDE) * L * j.I);
+      T* x_late = packs.take<T>(most_blocks * (PRE - WIDE) * L * j.I);
+      T* h_early = packs.take<T>(most_blocks * (LATE - EARLY) * L * S);
+      T* h_late = packs.take<T>(most_blocks * (PRE - LATE) * L * H);
+      T* hr = packs.take<T>(j.projected ? most_outs * L * H : 0);
+      T* bias = packs.take<T>(row_size);
+      T* b_hr = packs.take<T>(most_outs * L);
+      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.b_hr = b_hr;
     }
     for (int64_t i = 0; i < w.count; ++i) {
-      T* bias = arena.take<T>(row_size);
-      T* b_hr = arena.take<T>(most_outs * L);
       const int64_t tokens = forward_steps(most_rows, row_size) * most_rows;
       T* a = arena.take<T>(tokens * row_size);
       const T** from = arena.take<const T*>(tokens);
       T** to = arena.take<T*>(tokens);
       const T** h_prev = arena.take<const T*>(most_rows);
       const T** c_prev = arena.take<const T*>(most_rows);
-      if (i == w.id) f.bias = bias, f.b_hr = b_hr, f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev;
+      if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev;
     }
     f.state = j.tape ? nullptr : arena.take<T>(j.B * pitch());
     f.past = j.taps == 1 ? nullptr : j.tape ? history() : arena.take<T>(j.B * history_pitch());
@@ -200,7 +200,7 @@ struct Sequence {
         pack(LATE, PRE - LATE, j.I, x_gate, f.x_late);
         pack(LATE, PRE - LATE, H, h_gate, f.h_late);
       }
-      for (int64_t b = 0; b < blocks.size(); ++b)
+      for (int64_t b = 0; crew == 0 && b < blocks.size(); ++b)
         for (int s = 0; s < PRE; ++s) {
           const int64_t at = Cell::GATE[s] * H + unit + b * L;
           V sum = all(T(0));
@@ -216,7 +216,7 @@ struct Sequence {
         const T* gate[1] = {in(j.w_hr)};
         const Panels<T> p(count, 1, H);
         pack_shared(p, [&](int64_t panel) { pack_gates(p, panel, first, j.R, gate, H, f.w_hr); });
-        for (int64_t i = 0; i < o.size() * L; ++i) f.b_hr[i] = j.b_hr && i < count ? in(j.b_hr)[first + i] : T(0);
+        for (int64_t i = 0; crew == 0 && i < o.size() * L; ++i) f.b_hr[i] = j.b_hr && i < count ? in(j.b_hr)[first + i] : T(0);
       }
     }
     join();
@@ -236,8 +236,8 @@ struct Sequence {
 
   void forward() const {
     const FlushDenormals<T> guard;
-    Arena arena(w.scratch);
-    const Forward f = plan_forward(arena);
+    Arena packs(w.packs), arena(w.scratch);
+    const Forward f = plan_forward(packs, arena);
     if (!j.packed) pack_forward(f);
 
     for (int64_t r = rows.begin; r < rows.end; ++r) {

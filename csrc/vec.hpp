@@ -122,6 +122,34 @@ RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
 #endif
 }
 
+// a₀ b₀ a₁ b₁ …, of the lower halves of a and b or of the upper ones.
+template <class T>
+RNNFAST_INLINE Reg<T> interleave_low(Reg<T> a, Reg<T> b) {
+  if constexpr (LANES<T> == 2) return __builtin_shufflevector(a, b, 0, 2);
+  if constexpr (LANES<T> == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  if constexpr (LANES<T> == 8) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  if constexpr (LANES<T> == 16) return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return a;
+}
+template <class T>
+RNNFAST_INLINE Reg<T> interleave_high(Reg<T> a, Reg<T> b) {
+  if constexpr (LANES<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
+  if constexpr (LANES<T> == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  if constexpr (LANES<T> == 8) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  if constexpr (LANES<T> == 16) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return b;
+}
+// r[i] lane k becomes r[k] lane i: each round interleaves the upper half of the registers into the lower one, and log2(LANES) rounds make a transpose.
+template <class T>
+RNNFAST_INLINE void transpose(Reg<T>* r) {
+  constexpr int L = LANES<T>;
+  for (int round = 1; round < L; round *= 2) {
+    Reg<T> s[L];
+    for (int i = 0; i < L / 2; ++i) s[2 * i] = interleave_low<T>(r[i], r[i + L / 2]), s[2 * i + 1] = interleave_high<T>(r[i], r[i + L / 2]);
+    for (int i = 0; i < L; ++i) r[i] = s[i];
+  }
+}
+
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, the polynomials for (e^r − 1 − r) / r² fitted minimax in e^r − 1.
 template <class T>
 struct Exponential;

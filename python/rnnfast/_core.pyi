@@ -15,6 +15,9 @@ class Layout:
     @staticmethod
     def from_batch_sizes(batch_sizes: NDArray[np.int64]) -> Layout: ...
 
+class Packs:
+    """A layer's weights in the kernels' order, kept from call to call."""
+
 class Stream:
     """One step at a time over a snapshot of a layer's weights; `layer.stream()` makes one."""
 
@@ -46,6 +49,7 @@ def forward(
     fresh_c: Array | None,
     cells: Array | None,
     tape: Array | None,
+    snapshot: Packs | None = None,
 ) -> None: ...
 def backward(
     cell: str,

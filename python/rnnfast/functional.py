@@ -158,6 +158,7 @@ def forward(
     output_taps: int = 1,
     cells: bool = False,
     tape: bool = True,
+    snapshot: dict[str, _core.Packs] | None = None,
 ) -> Any:
     """Run layers of a recurrent cell over sequences: the equations of `rnnfast.reference.forward`, fused.
 
@@ -177,6 +178,8 @@ def forward(
         output_taps: K, how many earlier outputs the recurrence reads; above 1 for one layer in one direction. 0 makes an RNN a dense layer.
         cells: also return every step's cell state, for LSTMs.
         tape: whether to keep what `backward` needs.
+        snapshot: a dict, empty at first, that holds the weights in the kernels' order from call to call; who passes it again promises that the
+            parameters have not changed.
 
     Returns:
         y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
@@ -276,6 +279,7 @@ def forward(
             _core.forward(
                 cell, layout, run.weights, run.suffix, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
                 h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept,
+                None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()),
             )  # fmt: skip
             layer_runs.append(run)
         runs.append(layer_runs)

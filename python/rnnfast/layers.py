@@ -8,7 +8,7 @@ and h_0 (L*D, 1, R), c_0 (L*D, 1, H) where initial states are learned. The equat
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,6 +17,9 @@ from . import functional
 from ._core import Stream
 from .functional import State
 from .module import Array, Module
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["GRU", "LSTM", "NARX", "RNN", "NarxStream", "Stream"]
 
@@ -38,6 +41,7 @@ class _Recurrent(Module):
         proj_size: int, skip: bool, learn_initial_state: bool, forget_bias: float, dtype: DTypeLike, seed: int | None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self._snapshot: dict[str, Any] = {}
         name = self._name
         self.input_size = _whole(name, "input_size", input_size)
         self.hidden_size = _whole(name, "hidden_size", hidden_size)
@@ -78,6 +82,14 @@ class _Recurrent(Module):
                 value[...] = self.generator.uniform(-bound, bound, value.shape)  # torch's: U(−1/√H, 1/√H) for all
             if forget_bias and key.startswith("bias_ih"):
                 value[H : 2 * H] += forget_bias
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or with mode=False eval mode: parameters are read-only, and calls reuse the weights in the kernels' order."""
+        self._snapshot = {}
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_snapshot"}
 
     @property
     def paired(self) -> bool:
@@ -141,7 +153,7 @@ class _Recurrent(Module):
             masks = [scale * (self.generator.random(shape, np.float32) >= self.dropout) for _ in range(self.num_layers - 1)]
         y, new, tape, *c = functional.forward(
             self.cell, x, state, self._parameters, num_layers=self.num_layers, bidirectional=self.bidirectional, skip=self.skip, lengths=lengths,
-            reset=reset, dropout_masks=masks, cells=cells, tape=training,
+            reset=reset, dropout_masks=masks, cells=cells, tape=training, snapshot=None if training else self._snapshot,
         )  # fmt: skip
         parts = [y, *c]
         if single:
