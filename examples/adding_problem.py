@@ -8,6 +8,9 @@ validation scores (2,000 sequences) ends the training at 0.002, 10,000 test sequ
     python examples/adding_problem.py                # T = 200, in five minutes
     python examples/adding_problem.py --length 400   # the longer run
 
+Measured (3 seeds, median and worst): T = 200: 0.0011 and 0.0015 after 600 updates (8 s each), the RNN 0.042 after 4,000. T = 400: 0.0009 and 0.0018
+after 600 to 800 updates, the RNN 0.043 after 8,000.
+
 Source: Hochreiter and Schmidhuber 1997, "Long short-term memory", section 5.4, in the 1-step-a-number form of Le, Jaitly and Hinton 2015.
 """
 
@@ -71,11 +74,11 @@ def train(cell: str, length: int, steps: int, seed: int, hidden: int = 32, batch
 def main(given: Sequence[str] | None = None) -> float:
     """Prints the LSTM's mean squared errors and returns their median."""
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--length", type=int, help="T (default: 200, with --quick 40)")
+    own.add_argument("--length", type=int, help="T (default: 200, with --quick 30)")
     extra, rest = own.parse_known_args(given)
     args = arguments("adding_problem", __doc__, rest)
-    length = extra.length or (40 if args.quick else 200)
-    steps = 1500 if args.quick else 4000 * max(1, length // 200)
+    length = extra.length or (30 if args.quick else 200)
+    steps = 600 if args.quick else 4000 * max(1, length // 200)
     test = sequences(np.random.default_rng(999), length, 10_000)
     errors, runs = [], []
     for cell, seeds in (("lstm", args.seeds), ("rnn", args.seeds[:1])):
