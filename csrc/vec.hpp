@@ -64,8 +64,8 @@ struct Bits<double> {
 };
 
 template <class T>
-RNNFAST_INLINE Reg<T> all(T x) {  // x in every lane
-  return Reg<T>{} + x;
+RNNFAST_INLINE Reg<T> all(T x) {  // x in every lane; x − 0 is x, −0 among it, and so becomes one broadcast (0 + x would not)
+  return x - Reg<T>{};
 }
 
 // a·b + c, rounded once where the hardware can.

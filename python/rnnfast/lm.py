@@ -47,7 +47,7 @@ class Config:
     dropout: float = 0.0
     seq_length: int = 100
     batch_size: int = 32
-    steps: int = 3750  # about 12 million bytes: 5 minutes at 40,000 a second
+    steps: int = 3000  # 9.6 million bytes: 5 minutes at 32,000 a second
     learning_rate: float = 0.003
     clip: float = 5.0
     seed: int = 0
