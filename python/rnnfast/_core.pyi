@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,3 +82,39 @@ def target() -> str: ...
 def use_target(name: str) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
+def exchange(capsule: object, types: tuple[type, type]) -> None: ...
+
+# Over the tensors of the library named by `exchange`: None where they are not plain CPU memory of one float type and fitting shapes.
+def stack_forward(
+    cell: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    threads: int,
+    grad: bool,
+    x: object,
+    batch_sizes: object,
+    h: object,
+    c: object,
+    weights: Sequence[object],
+    /,
+) -> tuple[Any, Any, Any, Any] | None: ...
+def stack_backward(
+    cell: int,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+    threads: int,
+    grad: bool,
+    x: object,
+    batch_sizes: object,
+    h: object,
+    c: object,
+    weights: Sequence[object],
+    tape: object,
+    dy: object,
+    dh_T: object,
+    dc_T: object,
+    needs: tuple[bool, ...],
+    /,
+) -> tuple[Any, ...] | None: ...
