@@ -12,10 +12,11 @@ settings.load_profile("rnnfast")
 
 @pytest.fixture(scope="module", params=rnnfast.targets())
 def target(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every target that this build has and this CPU runs; the best one, which comes first, is left in use."""
+    """Every target that this build has and this CPU runs."""
+    before = rnnfast.target()
     rnnfast.use_target(request.param)
     yield request.param
-    rnnfast.use_target(rnnfast.targets()[0])
+    rnnfast.use_target(before)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import NamedTuple
 class Shape(NamedTuple):
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     why: str
 

@@ -27,7 +27,8 @@ def layer_results(layer: Any, a: Arrays, batch_first: bool) -> dict[str, Any]:
     def turned(array: Any) -> Any:
         return array.swapaxes(0, 1) if batch_first else array
 
-    y, state = layer(turned(a.x), a.state, a.options.get("lengths"), a.options.get("reset"))
+    reset = a.options.get("reset")
+    y, state = layer(turned(a.x), a.state, a.options.get("lengths"), None if reset is None else turned(reset))
     dx, dstate = layer.backward(turned(a.dy), a.dstate)
     gradients = {"d" + name: gradient for name, gradient in layer.gradients().items()}
     return {"y": turned(y), **named(state), "dx": turned(dx), **named(dstate, "d"), **gradients}
@@ -37,7 +38,7 @@ def layer_results(layer: Any, a: Arrays, batch_first: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", list(WIDER))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_layers_are_as_accurate_as_numpy(problem: Problem, dtype: str, batch_first: bool) -> None:
-    """x is (B, T, I) with batch_first; reset stays (T, B)."""
+    """With batch_first x is (B, T, I), y and reset alike."""
     a = arrays(problem, dtype)
     layer = layer_of(problem, dtype, a.params, batch_first=batch_first)
     assert inaccurate(layer_results(layer, a, batch_first), problem, dtype) == {}
@@ -79,9 +80,7 @@ def test_sequence_without_a_batch(cell: str) -> None:
     problem = Problem(cell, "one row", layers=2, directions=2, state="given")
     a = arrays(problem, "float32")
     batched = layer_results(layer_of(problem, "float32", a.params), a, batch_first=False)
-    row = a._replace(
-        x=a.x[:, 0], dy=a.dy[:, 0], **{s: map_floats(lambda p: p[:, 0], getattr(a, s)) for s in ("state", "dstate")}
-    )
+    row = a._replace(x=a.x[:, 0], dy=a.dy[:, 0], **{s: map_floats(lambda p: p[:, 0], getattr(a, s)) for s in ("state", "dstate")})
     alone = layer_results(layer_of(problem, "float32", a.params), row, batch_first=False)
     for name in ("y", "h", "c", "dx", "dh", "dc"):
         if name in batched:

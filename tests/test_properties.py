@@ -5,12 +5,13 @@ computes in int64; so packing, tails, tiles, threads, lengths, resets, taps and 
 """
 
 from collections.abc import Callable
+from itertools import pairwise as neighbours
 from typing import Any
 
 import numpy as np
 import pytest
 import rnnfast
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import Arrays, Problem, arrays, inaccurate, layer_of, map_floats, named, pairwise, results
 from rnnfast import functional, reference
@@ -61,9 +62,7 @@ def equal(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", BUSY)
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_thread_equals_many(
-    cell: str, shape: str, dtype: str, target: str, set_num_threads: Callable[[int], None]
-) -> None:
+def test_one_thread_equals_many(cell: str, shape: str, dtype: str, target: str, set_num_threads: Callable[[int], None]) -> None:
     for problem in options_of(cell, BUSY[shape]):
         a = arrays(problem, dtype)
         set_num_threads(1)
@@ -115,7 +114,7 @@ def test_whole_sequence_equals_its_chunks(problem: Problem, dtype: str, target: 
 
     T = problem.dims.T
     ends = [0, 1, T // 3, T - 1, T]
-    chunks = [np.s_[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    chunks = [np.s_[start:end] for start, end in neighbours(ends)]
     state, ys, tapes = a.state, [], []
     for chunk in chunks:
         y, state, tape, *_ = functional.forward(problem.cell, a.x[chunk], state, a.params, **a.options)
@@ -158,47 +157,83 @@ def test_stream_equals_batch(problem: Problem, dtype: str, target: str) -> None:
         assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_stream_handle(cell: str, target: str) -> None:
-    """A given output, a copy that goes its own way, rows put back to the fresh state, a state put in, a snapshot."""
-    problem = Problem(cell, "8 lanes - 1", layers=2, state="learned")
-    T, B, *_ = problem.dims
+STREAM = {cell: Problem(cell, "8 lanes - 1", layers=2, state="learned") for cell in CELLS}
+
+
+@pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
+def test_stream_writes_where_it_is_told(problem: Problem, target: str) -> None:
     a = arrays(problem, "float32")
     layer = layer_of(problem, "float32", a.params).eval()
     y, _ = layer(a.x)
-
-    stream = layer.stream(batch=B)
+    stream = layer.stream(batch=problem.dims.B)
     out = np.empty_like(y[0])
     assert stream(a.x[0], out) is out
     assert out.tobytes() == y[0].tobytes()
+    kept = stream(a.x[1])
+    stream(a.x[2])
+    assert kept.tobytes() == y[1].tobytes()  # not overwritten by the next step
 
+
+@pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
+def test_copy_of_a_stream_goes_its_own_way(problem: Problem, target: str) -> None:
+    a = arrays(problem, "float32")
+    layer = layer_of(problem, "float32", a.params).eval()
+    y, _ = layer(a.x)
+    stream = layer.stream(batch=problem.dims.B)
+    stream(a.x[0])
     twin = stream.copy()
-    assert twin(a.x[1]).tobytes() == y[1].tobytes()
+    twin(a.x[2])
     assert stream(a.x[1]).tobytes() == y[1].tobytes()
 
-    mask = np.arange(B) % 2 == 0
-    stream.reset(mask)
-    reset = np.zeros((T, B), np.bool_)
-    reset[2] = mask
-    expected, _ = layer(a.x, reset=reset)
-    assert stream(a.x[2]).tobytes() == expected[2].tobytes()
 
+@pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
+def test_stream_put_back_equals_reset(problem: Problem, target: str) -> None:
+    """Some rows or all of them start afresh from h_0."""
+    a = arrays(problem, "float32")
+    layer = layer_of(problem, "float32", a.params).eval()
+    y, _ = layer(a.x)
+    stream = layer.stream(batch=problem.dims.B)
+    stream(a.x[0])
+    reset = np.zeros(a.x.shape[:2], np.bool_)
+    reset[1, ::2] = True
+    stream.reset(reset[1])
+    assert stream(a.x[1]).tobytes() == layer(a.x, reset=reset)[0][1].tobytes()
     stream.reset()
     assert stream(a.x[0]).tobytes() == y[0].tobytes()
 
-    _, later = layer(a.x[:2])
-    stream.state = later
-    assert stream(a.x[2]).tobytes() == y[2].tobytes()
 
-    layer.train()
-    for value in layer.parameters().values():
-        value *= 2
-    stream.reset()
-    assert stream(a.x[0]).tobytes() == y[0].tobytes()  # still the snapshot
-    stream.refresh()
-    stream.reset()
-    layer.eval()
-    assert stream(a.x[0]).tobytes() == layer(a.x)[0][0].tobytes()
+@pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
+def test_stream_goes_on_from_a_state(problem: Problem, target: str) -> None:
+    a = arrays(problem, "float32")
+    layer = layer_of(problem, "float32", a.params).eval()
+    y, _ = layer(a.x)
+    _, state = layer(a.x[:2])
+    stream = layer.stream(batch=problem.dims.B)
+    stream.state = state
+    assert stream(a.x[2]).tobytes() == y[2].tobytes()
+    assert layer.stream(batch=problem.dims.B, state=state)(a.x[2]).tobytes() == y[2].tobytes()
+
+
+@pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
+def test_stream_holds_a_snapshot(problem: Problem, target: str) -> None:
+    """Of weights and initial states alike, from its making until refresh(); and so do its copies."""
+    a = arrays(problem, "float32")
+    layer = layer_of(problem, "float32", a.params)
+    old = layer.eval()(a.x)[0].tobytes()
+    used, unused = (layer.stream(batch=problem.dims.B) for _ in range(2))
+    used(a.x[0])
+    layer.train().flat[...] *= 2
+    new = layer.eval()(a.x)[0].tobytes()
+
+    def streamed(stream: Any) -> bytes:
+        stream.reset()
+        return np.stack([stream(x_t) for x_t in a.x]).tobytes()
+
+    twin = used.copy()
+    assert [streamed(stream) for stream in (used, unused, twin)] == [old] * 3
+    for stream in (used, unused, twin):
+        stream.refresh()
+    assert [streamed(stream) for stream in (used, unused, twin)] == [new] * 3
 
 
 # ---- A batch in rows -------------------------------------------------------------------------------------------------
@@ -256,9 +291,7 @@ def test_padded_equals_ragged(cell: str, dtype: str, target: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_is_never_read(cell: str, target: str) -> None:
-    problem = Problem(
-        cell, "long and wide", layers=2, directions=2, skip=True, lengths="ragged", reset=True, state="given"
-    )
+    problem = Problem(cell, "long and wide", layers=2, directions=2, skip=True, lengths="ragged", reset=True, state="given")
     a = arrays(problem, "float32")
     past = np.arange(problem.dims.T)[:, None] >= a.options["lengths"]
     x, dy = a.x.copy(), a.dy.copy()
@@ -281,8 +314,7 @@ def test_reset_past_the_end_is_ignored(cell: str, target: str) -> None:
 def test_reversed_input_equals_reverse_direction(cell: str, dtype: str, target: str) -> None:
     problem = Problem(cell, "long and wide", directions=2, lengths="ragged", state="given")
     a = arrays(problem, dtype)
-    T, B, *_ = problem.dims
-    H = problem.R
+    T, H = problem.dims.T, problem.R
     a.dy[..., :H] = 0  # of the forward direction the loss knows nothing
     for dpart in named(a.dstate).values():
         dpart[0] = 0
@@ -364,10 +396,10 @@ def test_integers_are_exact(dtype: str, target: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_sizes_are_as_accurate_as_numpy(cell: str, dtype: str, target: str) -> None:
-    sizes = st.builds(
-        Shape, st.integers(0, 6), st.integers(0, 20), st.integers(1, 20), st.integers(1, 70), st.just("drawn")
-    )
+    """From 3 units: one unit has a named shape, and is too few for errors to average out in whatever is drawn."""
+    sizes = st.builds(Shape, st.integers(0, 6), st.integers(0, 20), st.integers(1, 20), st.integers(3, 70), st.just("drawn"))
 
+    @settings(max_examples=30)
     @given(sizes, st.integers(1, 2), st.integers(1, 2), st.sampled_from(["full", "ragged"]), st.booleans())
     def law(shape: Shape, layers: int, directions: int, lengths: str, reset: bool) -> None:
         problem = Problem(cell, shape, layers=layers, directions=directions, lengths=lengths, reset=reset)

@@ -283,7 +283,7 @@ def test_stack_is_its_layers_one_after_another(cell: str, skip: bool) -> None:
     """And its reverse direction a forward one on the reversed sequence."""
     problem = Problem(cell, layers=3, directions=2, skip=skip, dropout=True, state="given")
     a = arrays(problem, "float64")
-    y, state, _, *c = reference.forward(cell, a.x, a.state, a.params, **a.options)
+    y, state, *_ = reference.forward(cell, a.x, a.state, a.params, **a.options)
 
     below, ys = a.x, []
     for layer in range(3):
@@ -292,9 +292,7 @@ def test_stack_is_its_layers_one_after_another(cell: str, skip: bool) -> None:
             suffix = f"_l{layer}" + "_reverse" * d
             params = {name[: -len(suffix)] + "_l0": p for name, p in a.params.items() if name.endswith(suffix)}
             k = np.s_[2 * layer + d : 2 * layer + d + 1]
-            y_d, state_d, _ = reference.forward(
-                cell, below[backwards], map_floats(lambda s, k=k: s[k], a.state), params
-            )
+            y_d, state_d, _ = reference.forward(cell, below[backwards], map_floats(lambda s, k=k: s[k], a.state), params)
             both.append(y_d[backwards])
             for name, part in named(state_d).items():
                 assert close(part, named(state)[name][k])
@@ -352,5 +350,5 @@ def test_options_that_do_not_go_together() -> None:
         reference.forward("gru", a.x, None, a.params, output_taps=2, bidirectional=True)
     with pytest.raises(ValueError, match="no cell state"):
         reference.forward("gru", a.x, None, a.params, cells=True)
-    with pytest.raises(ValueError, match="cell must be one of rnn_tanh, .*, got 'mlp'"):
+    with pytest.raises(ValueError, match=r"cell must be one of rnn_tanh, .*, got 'mlp'"):
         reference.forward("mlp", a.x, None, a.params)
