@@ -210,7 +210,7 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const double all = static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5) return {1, 1};
-  if (j.B >= 8 * threads) return {threads, threads};
+  if (j.B >= 4 * threads) return {threads, threads};
   if (step >= 2e5 && blocks >= threads) return {threads, 1};
   if (j.B >= 2 * threads) return {threads, threads};
   return {1, 1};

@@ -340,6 +340,17 @@ def test_arrays_of_other_libraries() -> None:
         assert layer(other)[0].tobytes() == expected.tobytes()
 
 
+def test_debug_mode_sees_that_x_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_DEBUG", True)
+    layer, x = rnnfast.LSTM(3, 5), zeros(4, 2, 3)
+    y, _ = layer(x)
+    layer.backward(y)
+    y, _ = layer(x)
+    x[0] = 1
+    with pytest.raises(RuntimeError, match="x has changed between forward and backward"):
+        layer.backward(y)
+
+
 # ---- Nothing to do ---------------------------------------------------------------------------------------------------
 
 

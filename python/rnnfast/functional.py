@@ -10,7 +10,9 @@ shapes and dtypes are checked here and at the kernels' border, before anything i
 
 from __future__ import annotations
 
+import os
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -28,6 +30,7 @@ __all__ = ["CELLS", "Tape", "backward", "forward"]
 CELLS = ("rnn_tanh", "rnn_relu", "rnn_sigmoid", "rnn_identity", "lstm", "lstm_peephole", "gru", "gru_reset_before")
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peep", "weight_hr", "bias_hr")
 _Weights: TypeAlias = "list[Array | None]"
+_DEBUG = os.environ.get("RNNFAST_DEBUG", "0") not in ("", "0")  # check that x is the same in backward as it was in forward
 
 
 class _Buffers:
@@ -89,6 +92,7 @@ class Tape:
     taps: int
     paired: bool  # is the state (h, c)?
     started: bool  # was the state given?
+    checksum: int | None = None  # of x, in debug mode
     parts: list[tuple[int, int, Tape, NDArray[np.bool_]]] = field(default_factory=list, repr=False)  # see _forward_in_parts
 
 
@@ -288,6 +292,7 @@ def forward(
     kept_tape = None
     if tape:
         kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None)
+        kept_tape.checksum = zlib.crc32(x.tobytes()) if _DEBUG else None
         result.flags.writeable = False
     return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
 
@@ -391,6 +396,8 @@ def backward(
     if dstate is not None:
         zero_h, zero_c = np.zeros((L * D, 1, S), dtype), np.zeros((L * D, 1, H), dtype)
         dh_T, dc_T = _state(dstate, tape.paired, (L * D, B, S), (L * D, B, H), zero_h, zero_c, dtype, who)
+    if tape.checksum is not None and tape.checksum != zlib.crc32(first.x.tobytes()):
+        raise RuntimeError(f"{who}: x has changed between forward and backward")
     for name, value in tape.params.items():
         if name not in gradients:
             raise KeyError(f"{who}: gradients lacks {name!r}")
@@ -477,7 +484,7 @@ def _forward_in_parts(
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, parts)
+        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, parts=parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 
