@@ -47,7 +47,7 @@ def parse(limit: int | None = None) -> list[np.ndarray]:
             notes = part.flatten().notes
             parts.append([(float(n.offset), float(n.quarterLength), max(p.midi for p in n.pitches)) for n in notes if not n.duration.isGrace])
         pitches = [pitch for part in parts for *_, pitch in part]
-        if all(parts) and LOW <= min(pitches) and max(pitches) <= HIGH:
+        if all(parts) and min(pitches) >= LOW and max(pitches) <= HIGH:
             found.append(score(parts, round(4 * float(stream.duration.quarterLength))))
     return found
 

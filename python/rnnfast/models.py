@@ -519,3 +519,27 @@ def ngrams(tokens: ArrayLike, n: int, stop: int | None = None) -> Integers:
         for column in range(n - 3, -1, -1):  # once a stop is met, going back, all before it is stops
             out[:, column][out[:, column + 1] == stop] = stop
     return out
+
+
+class Columns(Module):
+    """A picture as a sequence of its columns, from left to right: x (B, C, h, w) -> y (w, B, C h). Between convolution and LSTM.
+
+    >>> layer = Columns()
+    >>> layer(np.zeros((2, 3, 4, 5), np.float32)).shape, layer.backward(np.zeros((5, 2, 12), np.float32)).shape
+    ((5, 2, 12), (2, 3, 4, 5))
+    """
+
+    def __call__(self, x: ArrayLike) -> Array:
+        x = np.asarray(x)
+        if x.ndim != 4:
+            raise ValueError(f"Columns: x must have shape (B, C, h, w), got {x.shape}")
+        if self.training:
+            with self._alone():
+                self._push(x.shape)
+        return np.ascontiguousarray(x.transpose(3, 0, 1, 2)).reshape(x.shape[3], x.shape[0], -1)
+
+    def backward(self, dy: ArrayLike) -> Array:
+        """dx (B, C, h, w) from dy (w, B, C h)."""
+        with self._alone():
+            B, C, h, w = self._pop()
+        return np.ascontiguousarray(np.asarray(dy).reshape(w, B, C, h).transpose(1, 2, 3, 0))
