@@ -59,14 +59,15 @@ def nasdaq() -> tuple[list[str], np.ndarray]:
 
 
 def weather() -> dict[str, np.ndarray]:
-    """8,760 hours of one typical year: ghi (W/m²), wind (m/s), temperature (°C), hour (0 to 23), day (of the year), month (1 to 12).
+    """8,760 hours of one typical year: ghi and etr (W/m², on the ground and above the air), wind (m/s), temperature (°C), hour (0 to 23),
+    day (of the year), month (1 to 12).
 
     TMY3: twelve real months of different years, stitched together; a month's end does not continue in the next.
     """
     with _path("pvlib", "data/723170TYA.CSV").open() as file:
         next(file)  # the station
         rows = list(csv.DictReader(file))
-    names = {"ghi": "GHI (W/m^2)", "wind": "Wspd (m/s)", "temperature": "Dry-bulb (C)"}
+    names = {"ghi": "GHI (W/m^2)", "wind": "Wspd (m/s)", "temperature": "Dry-bulb (C)", "etr": "ETR (W/m^2)"}
     found = {key: np.array([float(row[name]) for row in rows]) for key, name in names.items()}
     hours = np.arange(len(rows))
     month = np.array([int(row["Date (MM/DD/YYYY)"][:2]) for row in rows])
