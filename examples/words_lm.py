@@ -1,0 +1,194 @@
+"""Language models of words: "Predicting words: the TDNN model" (Bengio et al. 2003) and the LSTM over a shared projection; then it writes.
+
+The text: the documentation topics of Python itself and every docstring of its standard library, which are on every machine. Documents are split by
+a hash of their content (1 in 10 test, 1 in 20 validation), so that a docstring that stands in two places is on one side. Words are runs of letters,
+digits or single signs, in lower case; those seen fewer than 3 times in the training documents are <rare>; every document ends with <end>.
+Perplexity is over all test words, <rare> and <end> included, each given all the words of its document before it (TDNN and Kneser-Ney: the 5 and the
+2 before it).
+
+Bar: both nets are below an interpolated modified Kneser-Ney trigram (discounts from the training counts) on the same words and split. Weights kept
+and the end of training are chosen on the validation.
+
+    python examples/words_lm.py
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from report import arguments, picture, save, verdict
+from rnnfast import Adam, Dropout, Embedding, Graph, Linear, losses, optim, training
+from rnnfast.conv import Activation, CausalConv1d
+from rnnfast.data import Batch, standard_library
+from rnnfast.models import KneserNey, TiedLinear, language_model, nearest, ngrams, sample, stepper
+
+LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+
+
+class Text(NamedTuple):
+    """The vocabulary (0 is <end>, 1 <rare>) and the words of the three parts as integers, every document ending with 0."""
+
+    words: list[str]
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def documents(quick: bool = False) -> list[str]:
+    """Documentation topics and docstrings, each once."""
+    from pydoc_data.topics import topics
+
+    root = standard_library()
+    found = list(topics.values())[:10] if quick else list(topics.values())
+    for path in sorted((root / "json" if quick else root).rglob("*.py")):
+        if LEFT_OUT & set(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+        found += [text for text in map(ast.get_docstring, nodes) if text]
+    return list(dict.fromkeys(found))
+
+
+def load(quick: bool = False) -> Text:
+    """The corpus, split and numbered."""
+    parts: tuple[list[list[str]], ...] = ([], [], [])
+    for text in documents(quick):
+        place = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+        parts[2 if place < 0.1 else 1 if place < 0.15 else 0].append(re.findall(r"[^\W\d_]+|\d+|[^\w\s]|_", text.lower()))
+    counts = Counter(word for row in parts[0] for word in row)
+    words = ["<end>", "<rare>"] + [word for word, n in counts.most_common() if n >= 3]
+    index = {word: i for i, word in enumerate(words)}
+    return Text(words, *(np.array([i for row in part for i in [*(index.get(w, 1) for w in row), 0]]) for part in parts))
+
+
+def tdnn(vocabulary: int, seed: int, projection: int = 64, hidden: int = 256) -> Graph:
+    """The word is predicted from the 5 before it: their projections, one tanh layer, softmax; here the softmax reads P again."""
+    table = Embedding(vocabulary, projection, seed=seed)
+    table.flat *= 1 / math.sqrt(projection)
+    return Graph(
+        {
+            "projection": (table, "tokens"),
+            "drop": (Dropout(0.2, seed=seed + 1), "projection"),
+            "taps": (CausalConv1d(projection, hidden, 5, seed=seed + 2), "drop"),
+            "tanh": (Activation("tanh"), "taps"),
+            "drop2": (Dropout(0.4, seed=seed + 3), "tanh"),
+            "down": (Linear(hidden, projection, seed=seed + 4), "drop2"),
+            "logits": (TiedLinear(table), "down"),
+        }
+    )
+
+
+def rows(text: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A text, <end> put in front, as `batch` pieces side by side: what is read and what is to be predicted, (N, B); the remainder is left out."""
+    read = np.concatenate(([0], text[:-1]))
+    n = len(text) // batch * batch
+    return read[:n].reshape(batch, -1).T, text[:n].reshape(batch, -1).T
+
+
+def batches(text: np.ndarray, batch: int, length: int, shift: int = 0) -> list[Batch]:
+    """Pieces of `length` steps that continue one another; a row's state starts afresh behind every <end>."""
+    x, y = rows(text[shift:], batch)
+    return [Batch(x[s : s + length], y[s : s + length], None, x[s : s + length] == 0) for s in range(0, len(x), length)]
+
+
+def nats(model: Graph, text: np.ndarray, batch: int = 4, length: int = 400) -> float:
+    """Mean negative log likelihood of a text's words in nats, in long pieces: where one begins, the TDNN sees no words before."""
+    model.eval()
+    state, total, count = None, 0.0, 0
+    for item in batches(text, batch, length):
+        y, state = model(item.x, state, None, item.reset)
+        total += losses.softmax_cross_entropy(y, item.target, gradient=False)[0] * item.target.size
+        count += item.target.size
+    model.train()
+    return total / count
+
+
+def fit(model: Graph, text: Text, seed: int, epochs: int, rate: float) -> list[float]:
+    """Trains with the state carried from batch to batch; the weights with the best validation stay. Returns the validation perplexities."""
+    length, batch = 35, 24
+    rng = np.random.default_rng(seed)
+    steps = epochs * (len(text.train) // (length * batch))
+    run = training.fit(
+        model,
+        lambda epoch: batches(text.train, batch, length, int(rng.integers(length))),
+        losses.softmax_cross_entropy,
+        Adam(model, optim.warmup(optim.cosine(rate, steps, rate / 100), 50)),
+        epochs=epochs,
+        clip=1.0,
+        stateful=True,
+        validation=lambda: nats(model, text.valid),
+        patience=2,
+        progress=False,
+    )
+    return [math.exp(row["validation"]) for row in run.rows]
+
+
+def draw(curves: dict[str, list[list[float]]], bar: float, model: Graph, text: Text, path) -> None:
+    """Perplexity by epoch; the projections of some words in the plane of their two largest components."""
+    figure = picture(8, 4)
+    left, right = figure.subplots(1, 2)
+    for (name, runs), colour in zip(curves.items(), ("C0", "C1"), strict=True):
+        for i, run in enumerate(runs):
+            left.plot(range(1, len(run) + 1), run, color=colour, label=None if i else name)
+    left.axhline(bar, color="k", ls="--", label="Kneser-Ney")
+    left.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    left.legend()
+    table = model["projection"].parameters()["weight"]
+    common = table[2:400] - table[2:400].mean(axis=0)
+    plane = common @ np.linalg.svd(common, full_matrices=False)[2][:2].T
+    for i in range(0, 398, 4):
+        right.text(*plane[i], text.words[i + 2].replace("$", r"\$"), fontsize=6)
+    right.set(
+        xlim=(plane[:, 0].min(), plane[:, 0].max()), ylim=(plane[:, 1].min(), plane[:, 1].max()), xticks=[], yticks=[], title="the LSTM's projections"
+    )
+    save(figure, path)
+
+
+def main(given: Sequence[str] | None = None) -> float:
+    """Prints the perplexities and returns the LSTM's median over Kneser-Ney's: below 1 it wins."""
+    args = arguments("words_lm", __doc__, given)
+    text = load(args.quick)
+    V = len(text.words)
+    print(f"{len(text.train):,} words to learn, {len(text.valid):,} to validate, {len(text.test):,} to test; vocabulary {V:,}", flush=True)
+    counted = KneserNey(ngrams(text.train, 3, 0), V)
+    bar, bar_valid = (math.exp(-counted.log_probability(ngrams(part, 3, 0)).mean()) for part in (text.test, text.valid))
+    print(f"Kneser-Ney trigram: perplexity {bar:.1f} (validation {bar_valid:.1f})", flush=True)
+    results: dict[str, list[float]] = {"LSTM": [], "TDNN": []}
+    curves: dict[str, list[list[float]]] = {"LSTM": [], "TDNN": []}
+    for seed in args.seeds:
+        for name in results:
+            if name == "LSTM":
+                model = language_model(V, 32 if args.quick else 96, 32 if args.quick else 192, dropout=0.4, seed=seed)
+            else:
+                model = tdnn(V, 10 * seed, *((32, 32) if args.quick else (96, 256)))
+            curves[name].append(fit(model, text, seed, 2 if args.quick else 5, 0.005))
+            results[name].append(math.exp(nats(model, text.test)))
+            print(f"seed {seed}: {name} perplexity {results[name][-1]:.1f}, validation by epoch {[round(v) for v in curves[name][-1]]}", flush=True)
+            if name == "LSTM" and seed == args.seeds[0]:
+                lstm = model.eval()
+    words = [w for w in ("list", "file", "returns", "three", "true", "raise", "is", "url") if w in text.words]
+    table = lstm["projection"].parameters()["weight"]
+    for word, others in zip(words, nearest(table, [text.words.index(w) for w in words]), strict=True):
+        print(f"nearest to {word}: " + " ".join(text.words[i] for i in others))
+    for prompt in ("return a", "this function", "raise"):
+        symbols = [0] + [text.words.index(w) for w in prompt.split() if w in text.words]
+        said = sample(stepper(lstm), symbols, 25, temperature=0.7, stop=0, forbidden=[1], generator=np.random.default_rng(1))
+        print(f"{prompt} | " + " ".join(text.words[i] for i in said))
+    if args.figure:
+        draw(curves, bar_valid, lstm, text, args.figure)
+    verdict("TDNN perplexity", results["TDNN"], bar)
+    return verdict("LSTM perplexity", results["LSTM"], bar) / bar
+
+
+if __name__ == "__main__":
+    main()
