@@ -155,18 +155,27 @@ class Barrier {
   std::condition_variable all_here;
 };
 
+// A block of exactly this size, full of NaN: nobody may count on zeros.
+struct Block {
+  explicit Block(size_t bytes) {
+    if (posix_memalign(&at, 64, std::max<size_t>(bytes, 64)) != 0) std::abort();
+    std::memset(at, 0xff, bytes);
+  }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { std::free(at); }
+  void* at = nullptr;
+};
+
 template <class F>
-void with_workers(int count, int row_groups, size_t scratch_bytes, F f) {
-  void* scratch = nullptr;
-  if (posix_memalign(&scratch, 64, std::max<size_t>(scratch_bytes, 64)) != 0) std::abort();
-  std::memset(scratch, 0xff, scratch_bytes);  // NaN: nobody may count on zeros
+void with_workers(int count, int row_groups, const Block& packs, size_t scratch_bytes, F f) {
+  const Block scratch(scratch_bytes);
   Barrier barrier(count);
   std::vector<std::thread> others;
-  auto work = [&](int id) { f(Worker{id, count, row_groups, scratch, Barrier::wait, &barrier}); };
+  auto work = [&](int id) { f(Worker{id, count, row_groups, packs.at, scratch.at, Barrier::wait, &barrier}); };
   for (int id = 1; id < count; ++id) others.emplace_back(work, id);
   work(0);
   for (std::thread& thread : others) thread.join();
-  std::free(scratch);
 }
 
 // `divisor` turns the integers into ordinary weights, for the cells that are no integer functions.
@@ -206,19 +215,21 @@ Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, i
   }
   j.dw_ih = r.dw_ih.data(), j.dw_hh = r.dw_hh.data(), j.db_ih = r.db_ih.data(), j.db_hh = r.db_hh.data();
 
-  auto forward = [&](void* tape) {
-    j.tape = tape;
-    with_workers(workers, row_groups, k.scratch_size(kind, dtype, j, workers, row_groups, false),
+  const Block packs(k.packs_size(kind, dtype, j, workers / row_groups));
+  auto forward = [&](void* tape, bool packed) {
+    j.tape = tape, j.packed = packed;
+    with_workers(workers, row_groups, packs, k.scratch_size(kind, dtype, j, workers, row_groups, false),
                  [&](const Worker& w) { k.forward(kind, dtype, j, w); });
   };
-  forward(nullptr);
+  forward(nullptr, false);
   const Results<T> inference = r;
   r.y.assign(r.y.size(), T(0));
   std::vector<T> tape(k.tape_size(kind, dtype, j));
   T nowhere = 0;
-  forward(tape.empty() ? &nowhere : tape.data());
+  forward(tape.empty() ? &nowhere : tape.data(), true);  // with a tape, and with the packs of the call before
   CHECK(r.y == inference.y && r.h_T == inference.h_T && r.c_T == inference.c_T && r.cells == inference.cells);
-  with_workers(workers, row_groups, k.scratch_size(kind, dtype, j, workers, row_groups, true),
+  const Block none(0);
+  with_workers(workers, row_groups, none, k.scratch_size(kind, dtype, j, workers, row_groups, true),
                [&](const Worker& w) { k.backward(kind, dtype, j, w); });
   return r;
 }
