@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -283,13 +282,11 @@ print(*sorted(news - sys.stdlib_module_names - {"numpy", "rnnfast"}))
 
 
 def test_import_costs_at_most_60_ms_more_than_numpy() -> None:
-    """The best of several, interleaved."""
-
-    def seconds(script: str) -> float:
-        start = perf_counter()
-        python(script)
-        return perf_counter() - start
-
-    pairs = [(seconds("import numpy"), seconds("import rnnfast")) for _ in range(7)]
-    numpy, rnnfast = (min(times) for times in zip(*pairs, strict=True))
-    assert rnnfast - numpy <= 0.060
+    """In processor time, which other processes do not stretch; the best of five."""
+    script = """
+import numpy, time
+start = time.process_time()
+import rnnfast
+print(time.process_time() - start)
+"""
+    assert min(float(python(script)) for _ in range(5)) <= 0.060

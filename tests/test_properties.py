@@ -22,8 +22,8 @@ DTYPES = ["float32", "float64"]
 
 # Enough work for several threads, by rows and by units.
 BUSY = {
-    "many rows": Shape(20, 67, 20, 40, "a split of the batch leaves rows over"),
-    "many units": Shape(12, 3, 33, 260, "a split of the units leaves units over"),
+    "many rows": Shape(12, 67, 20, 40, "a split of the batch leaves rows over"),
+    "many units": Shape(6, 3, 33, 260, "a split of the units leaves units over"),
 }
 
 
@@ -67,7 +67,7 @@ def test_one_thread_equals_many(cell: str, shape: str, dtype: str, target: str, 
         a = arrays(problem, dtype)
         set_num_threads(1)
         alone = results(functional, cell, a)
-        for count in (2, 3, 5):
+        for count in (2, 5):
             set_num_threads(count)
             assert rnnfast.get_num_threads() == count
             assert_same(results(functional, cell, a), alone)
