@@ -1,7 +1,7 @@
-"""The command line: `rnnfast lm train`, `rnnfast lm sample`, `rnnfast info`.
+"""The command line: `rnnfast lm train`, `rnnfast lm sample`, `rnnfast forecast`, `rnnfast info`.
 
 Whatever the user gives that cannot be used ends in one line on stderr and exit code 2; Ctrl-C in 130. The work is
-lm.py's; this file knows only names, defaults and exit codes.
+lm.py's and forecast.py's; this file knows only names, defaults and exit codes.
 """
 
 from __future__ import annotations
@@ -109,7 +109,54 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", metavar="N", type=_whole(1), default=500, help="bytes to write (default: %(default)s)")
     add("--temperature", metavar="X", type=_from_0, default=0.7, help="0: always the likeliest (default: %(default)s)")
     add("--seed", metavar="S", type=_whole(0), help="the same seed writes the same text (default: a new one each time)")
+
+    series = commands.add_parser(
+        "forecast",
+        help="forecast a column of a CSV file",
+        description="Trains a recurrent net on a column of a CSV file (rows in the order of time), back-tests it on the last part against "
+        "naive and seasonal-naive forecasts, and writes forecasts with intervals and (with matplotlib) a plot beside them.",
+    )
+    series.set_defaults(run=_forecast)
+    add = series.add_argument
+    add("csv", metavar="FILE", help="a CSV file with a header; other numeric columns are read, too, never beyond a forecast's origin")
+    add("--target", metavar="COLUMN", required=True, help="the column to forecast")
+    add("--horizon", metavar="N", type=_whole(1), default=24, help="steps ahead (default: %(default)s)")
+    add("--season", metavar="N", type=_whole(1), help="steps of a season, 1 for none (default: found in the data)")
+    add("--window", metavar="N", type=_whole(2), help="steps that the net reads (default: two seasons, 24 to 200)")
+    add("--test", metavar="SHARE", type=_share, default=0.2, help="the last part, for the back-test (default: %(default)s)")
+    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="(default: %(default)s)")
+    add("--hidden", metavar="N", type=_whole(1), default=32, help="units (default: %(default)s)")
+    add("--epochs", metavar="N", type=_whole(1), default=40, help="at most (default: %(default)s)")
+    add("--seed", metavar="S", type=_whole(0), default=0, help="of the weights and the order (default: %(default)s)")
+    add("--out", metavar="FILE", help="the forecasts (default: FILE-forecast.csv); the plot goes beside it")
     return top
+
+
+def _forecast(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .forecast import Settings, forecast_series, read_csv, write_forecast
+    from .plots import forecast_plot
+
+    source = Path(args.csv)
+    out = Path(args.out) if args.out else source.with_name(f"{source.stem}-forecast.csv")
+    columns, _ = read_csv(source, args.target)
+    settings = Settings(cell=args.cell, hidden_size=args.hidden, epochs=args.epochs, seed=args.seed)
+    report = forecast_series(
+        columns, args.target, args.horizon, season=args.season, width=args.window, test_fraction=args.test, settings=settings
+    )  # fmt: skip
+    print(f"{source}: {len(columns[args.target])} rows, season {report.season if report.season > 1 else 'none'}")
+    print(f"back-test, {report.origins} forecasts of {args.horizon} steps from the last part; mean absolute errors:")
+    for name, error in report.errors.items():
+        print(f"    {name:16}{error:.6g}")
+    write_forecast(out, report, args.target)
+    print(f"forecasts with 80 % intervals: {out}")
+    try:
+        forecast_plot(columns[args.target], report.forecast, report.low, report.high, out.with_suffix(".png"), args.target)
+        print(f"plot: {out.with_suffix('.png')}")
+    except ImportError:
+        pass  # the plot needs an extra
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def forecast_plot(past: Sequence[float], forecast: Sequence[float], low: Sequence[float], high: Sequence[float], path: Any, name: str = "") -> None:
+def forecast_plot(past: Any, forecast: Any, low: Any, high: Any, path: str | os.PathLike[str], name: str = "") -> None:
     """Draws the end of a series, its forecast and the band from low to high into a PNG file.
 
     >>> import os, tempfile
@@ -125,7 +125,7 @@ def forecast_plot(past: Sequence[float], forecast: Sequence[float], low: Sequenc
     figure.savefig(path, format="png")
 
 
-def activity_plot(activity: Any, path: Any, labels: Sequence[str] | None = None, title: str = "") -> None:
+def activity_plot(activity: Any, path: str | os.PathLike[str], labels: Sequence[str] | None = None, title: str = "") -> None:
     """Draws units over time, (T, units) of h, c or a gate, as a picture from -1 (red) to 1 (blue); `labels` stand below the steps.
 
     >>> import os, tempfile
@@ -145,41 +145,7 @@ def activity_plot(activity: Any, path: Any, labels: Sequence[str] | None = None,
     figure.savefig(path, format="png")
 
 
-def text_activity(text: Sequence[str], activity: Sequence[float], path: Any, columns: int = 80) -> None:
-    """Draws text coloured by one cell's state, a number from -1 (red) to 1 (blue) a symbol, as in Karpathy's "unreasonable effectiveness".
-
-    >>> import os, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     text_activity("if (a):", [0, 0, 0, 1, 1, 0.5, 0], f"{folder}/t.png")
-    ...     os.listdir(folder)
-    ['t.png']
-    """
-    rows: list[list[tuple[str, float]]] = [[]]
-    for symbol, value in zip(text, activity, strict=True):
-        rows[-1].append((symbol, float(value)))
-        if symbol == "\n" or len(rows[-1]) >= columns:
-            rows.append([])
-    figure = _figure(0.11 * columns, 0.22 * len(rows) + 0.2)
-    axes = figure.add_subplot()
-    axes.set(xlim=(0, columns), ylim=(len(rows), 0))
-    axes.axis("off")
-    for y, row in enumerate(rows):
-        for x, (symbol, value) in enumerate(row):
-            strength = min(abs(value), 1.0)
-            pale = (1 - 0.7 * strength, 1 - 0.4 * strength, 1.0) if value > 0 else (1.0, 1 - 0.6 * strength, 1 - 0.6 * strength)
-            axes.add_patch(_rectangle(x, y, pale))
-            if symbol not in "\n \t":
-                axes.text(x + 0.5, y + 0.5, symbol.replace("$", r"\$"), ha="center", va="center", family="monospace", fontsize=8)
-    figure.savefig(path, format="png")
-
-
-def _rectangle(x: float, y: float, colour: tuple[float, float, float]) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), 1, 1, color=colour, lw=0)
-
-
-def gradient_flow(norms: Mapping[str, Sequence[float]], path: Any, xlabel: str = "lag") -> None:
+def gradient_flow(norms: Mapping[str, Sequence[float]], path: str | os.PathLike[str], xlabel: str = "lag") -> None:
     """Draws gradient norms over lag, layer or neuron, one curve a name, on a logarithmic axis: diagnostics.py's numbers.
 
     >>> import os, tempfile

@@ -1,0 +1,96 @@
+"""Forecasts of a CSV file's column, and the scikit-learn pair."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from rnnfast.cli import main
+from rnnfast.data import InputError
+from rnnfast.forecast import Settings, forecast_series, read_csv, season_of
+
+
+def table(path, n=240):
+    """A CSV with a daily date, a wave of period 12 on a trend, another number and a text."""
+    t = np.arange(n)
+    rng = np.random.default_rng(0)
+    wave = 10 + 0.02 * t + 3 * np.sin(2 * np.pi * t / 12) + 0.3 * rng.standard_normal(n)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["day", "sold", "other", "note"])
+        writer.writerows([f"day {k}", f"{v:.4f}", k % 7, "x"] for k, v in enumerate(wave))
+    return path
+
+
+def test_season_is_found():
+    rng = np.random.default_rng(0)
+    t = np.arange(500)
+    assert season_of(np.sin(2 * np.pi * t / 24) + 0.1 * rng.standard_normal(500)) == 24
+    assert season_of(rng.standard_normal(500).cumsum()) == 1
+
+
+def test_forecast_beats_naive_and_reads_nothing_later(tmp_path):
+    columns, _ = read_csv(table(tmp_path / "a.csv"), "sold")
+    assert list(columns) == ["sold", "other"]
+    report = forecast_series(columns, "sold", 6, settings=Settings(epochs=15, hidden_size=16, seed=0))
+    assert report.season == 12
+    assert report.errors["net"] < report.errors["naive"] and report.errors["net"] < report.errors["seasonal-naive"]
+    assert (report.low <= report.high).all() and report.forecast.shape == (6,)
+
+
+def test_command_writes_forecast_and_plot(tmp_path, capsys):
+    path = table(tmp_path / "a.csv", 150)
+    out = tmp_path / "out.csv"
+    assert main(["forecast", str(path), "--target", "sold", "--horizon", "5", "--epochs", "5", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert len(rows) == 5 and list(rows[0]) == ["step", "sold", "low", "high"]
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert "naive" in said and "seasonal-naive" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("a,b\n1,2\n", "no column 'sold'"),
+        ("sold\n1\nx\n", "row 3: 'sold' is not a number"),
+        ("sold\n1\nnan\n", "must be finite"),
+        ("sold,b\n1\n", "1 cells"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_csv(path, "sold")
+
+
+def test_short_series_are_refused(tmp_path, capsys):
+    assert main(["forecast", str(table(tmp_path / "a.csv", 30)), "--target", "sold", "--horizon", "5"]) == 2
+    assert "too few" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["RNNForecaster", "RNNClassifier"])
+def test_estimators_keep_scikit_learns_rules(name):
+    pytest.importorskip("sklearn")
+    from rnnfast import estimators
+    from sklearn.utils.estimator_checks import check_estimator
+
+    results = check_estimator(getattr(estimators, name)(hidden_size=8, epochs=20, random_state=0), on_fail=None)
+    assert not [r["check_name"] for r in results if r["status"] == "failed"]
+    assert sum(r["status"] == "passed" for r in results) > 30
+
+
+def test_series_of_several_numbers_and_steps():
+    pytest.importorskip("sklearn")
+    from rnnfast.estimators import RNNClassifier, RNNForecaster
+
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((80, 7, 2))
+    forecaster = RNNForecaster("gru", 16, epochs=80, random_state=0).fit(X, X[:, -1])
+    assert forecaster.predict(X).shape == (80, 2) and forecaster.score(X, X[:, -1]) > 0.5
+    classifier = RNNClassifier("rnn", 8, bidirectional=True, epochs=30, random_state=0).fit(X, X[:, :, 0].mean(axis=1) > 0)
+    assert classifier.predict_proba(X).shape == (80, 2) and classifier.score(X, X[:, :, 0].mean(axis=1) > 0) > 0.85
