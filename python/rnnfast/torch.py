@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -23,7 +25,9 @@ from torch.nn.modules import rnn as torch_rnn
 from . import _core
 from .functional import CELLS
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "convert", "install", "installed", "to_torch", "uninstall"]
+__all__ = [
+    "GRU", "LSTM", "RNN", "Compilable", "GRUCell", "LSTMCell", "RNNCell", "compilable", "convert", "install", "installed", "to_torch", "uninstall",
+]  # fmt: skip
 
 _Result = tuple[Tensor, ...] | None
 _core.exchange(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, nn.Parameter))
@@ -115,12 +119,12 @@ def _differentiable_backward(
         name = _NAMES[call.cell]
         state = h_ if c_ is None else (h_, c_)
         if call.single:
-            y = _ATEN[name + "_cell"](x_, state, *w)
+            y = _by_torch(name + "_cell", x_, state, *w)
         else:
             has_biases = len(w) // (call.layers * call.directions) >= 4
             order = (x_, state) if call.batch_sizes is None else (x_, call.batch_sizes, state)
             last = (call.batch_first,) if call.batch_sizes is None else ()
-            y = _ATEN[name](*order, w, has_biases, call.layers, 0.0, True, call.directions == 2, *last)
+            y = _by_torch(name, *order, w, has_biases, call.layers, 0.0, True, call.directions == 2, *last)
         pairs = [(out, g) for out, g in zip(y if isinstance(y, tuple) else (y,), gradients) if g is not None]
         wanted = [t for t, need in zip(given, needs) if need and t is not None]
         found = iter(torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=create, allow_unused=True))
@@ -201,7 +205,7 @@ def _layers(
                 return None
             state = h_l if c is None else (h_l, c_l)
             order, last = ((y, state), (False,)) if batch_sizes is None else ((y, batch_sizes, state), ())
-            out = _ATEN[_NAMES[cell]](*order, w, has_biases, 1, 0.0, True, bidirectional, *last)
+            out = _by_torch(_NAMES[cell], *order, w, has_biases, 1, 0.0, True, bidirectional, *last)
         y = out[0]
         ends.append(out[1:])
     return (y.transpose(0, 1) if batch_first else y, *(torch.cat(parts) for parts in zip(*ends)))
@@ -230,6 +234,44 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any]) -> _Result:
     return _stack(cell, x, None, h, c, weights, 1, False, False)
 
 
+# ---- the operations of ATen, for those who call them past torch._VF ----------------------------------------------------------------------
+
+_library: Any = None  # torch.library.Library while `install(aten=True)` holds
+
+
+def _by_torch(name: str, *args: Any, **named: Any) -> Any:
+    """torch's own function: under install(aten=True) the kernel behind the operation that we have taken over."""
+    if _library is None or named:
+        return _ATEN[name](*args, **named)
+    operation = getattr(torch.ops.aten, name)
+    if name.endswith("_cell"):
+        overload = operation.default
+    else:
+        overload = operation.data if isinstance(args[1 if name == "lstm" else 2], Tensor) else operation.input
+    return overload._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
+
+
+def _take_aten() -> None:
+    global _library
+    if _library is not None:
+        return
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
+        for name, function in _OURS.items():
+            for overload in ("",) if name.endswith("_cell") else (".input", ".data"):
+                for key in ("CPU", "AutogradCPU"):
+                    library.impl(name + overload, function, key)
+    _library = library
+
+
+def _leave_aten() -> None:
+    global _library
+    if _library is not None:
+        library, _library = _library, None
+        library._destroy()
+
+
 # ---- the functions of torch._VF ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,11 +291,11 @@ def _lstm(*args: Any, **named: Any) -> Any:
             out = _layers(_LSTM, x, None, a[0], a[1], *_last(args[2:]))
         if out is not None:
             return out
-    return _ATEN["lstm"](*args, **named)
+    return _by_torch("lstm", *args, **named)
 
 
 def _layer_function(name: str) -> Callable[..., Any]:
-    cell, aten = _LAYERS[name], _ATEN[name]
+    cell = _LAYERS[name]
 
     def layer(*args: Any, **named: Any) -> Any:
         if len(args) == 9 and not named:
@@ -262,7 +304,7 @@ def _layer_function(name: str) -> Callable[..., Any]:
             out = _layers(cell, x, a, b, None, *_last(args[3:])) if packed else _layers(cell, x, None, a, None, *_last(args[2:]))
             if out is not None:
                 return out
-        return aten(*args, **named)
+        return _by_torch(name, *args, **named)
 
     layer.__name__ = layer.__qualname__ = name
     return layer
@@ -273,15 +315,15 @@ def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh
         out = _cell(_LSTM, input, hx[0], hx[1], (w_ih, w_hh, b_ih, b_hh))
         if out is not None:
             return out
-    return _ATEN["lstm_cell"](input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _by_torch("lstm_cell", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _cell_function(name: str) -> Callable[..., Any]:
-    cell, aten = _LAYERS[name], _ATEN[name + "_cell"]
+    cell = _LAYERS[name]
 
     def step(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         out = _cell(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh))
-        return aten(input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
+        return _by_torch(name + "_cell", input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
 
     step.__name__ = step.__qualname__ = name + "_cell"
     return step
@@ -292,8 +334,10 @@ for _name in ("gru", "rnn_tanh", "rnn_relu"):
     _OURS[_name], _OURS[_name + "_cell"] = _layer_function(_name), _cell_function(_name)
 
 
-def install() -> None:
+def install(aten: bool = False) -> None:
     """Every torch.nn.LSTM, GRU, RNN and cell of this process runs on our kernels from here on, old models included.
+
+    With `aten` so do the operations below, for those who call torch.ops.aten.lstm, and scripted modules.
 
     >>> import torch
     >>> layer = torch.nn.LSTM(4, 8)
@@ -305,24 +349,29 @@ def install() -> None:
     for name, function in _OURS.items():
         torch.jit._builtins._register_builtin(function, f"aten::{name}")  # scripting reads the name, not the function
         setattr(torch._VF, name, function)
+    if aten:
+        _take_aten()
 
 
 def uninstall() -> None:
     """Back to torch's own functions."""
+    _leave_aten()
     for name in _OURS:
         setattr(torch._VF, name, _ATEN[name])
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(aten: bool = False) -> Iterator[None]:
     """`install` for the length of a with block."""
-    before = torch._VF.lstm is _lstm
-    install()
+    before, library = torch._VF.lstm is _lstm, _library
+    install(aten)
     try:
         yield
     finally:
         if not before:
             uninstall()
+        elif library is None:
+            _leave_aten()
 
 
 # ---- the modules: torch's own code, calling our functions --------------------------------------------------------------------------------
@@ -431,4 +480,174 @@ def to_torch(model: _Model) -> _Model:
     ours = {twin: base for base, twin in _TWINS.items()}
     for module in model.modules():
         module.__class__ = ours.get(type(module), type(module))
+    return model
+
+
+# ---- torch.compile: one operation a call, with a fake kernel and its gradient ----------------------------------------------------------------
+
+_SIZES = "int cell, int layers, int directions, bool batch_first"
+_TENSORS = "Tensor x, Tensor? batch_sizes, Tensor h, Tensor? c, Tensor[] weights"
+
+
+def _stack_op(
+    x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], cell: int, layers: int, directions: int,
+    batch_first: bool, train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, h_T, c_T, tape; what there is not is empty: h_T of one step, c_T of what has none, the tape in inference."""
+    x, h, c, weights = _tidy(x.detach(), rows=True), _tidy(h.detach()), None if c is None else _tidy(c.detach()), [_tidy(w.detach()) for w in weights]
+    grad = bool(train)
+    if grad:
+        h = h.detach().requires_grad_()
+    out = _core.stack_forward(cell, layers, directions, batch_first, torch.get_num_threads(), grad, x, batch_sizes, h, c, weights)
+    if out is None:
+        raise RuntimeError("rnnfast::stack takes CPU tensors of one float dtype, shaped as torch.nn's layers have them")
+    y, h_T, c_T, tape = (x.new_empty(0) if t is None else t for t in out)
+    return y, h_T, c_T, tape
+
+
+def _stack_fake(
+    x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], cell: int, layers: int, directions: int,
+    batch_first: bool, train: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    single = batch_sizes is None and x.dim() == 2
+    y = x.new_empty((*x.shape[:-1], directions * h.shape[-1]))
+    h_T = x.new_empty(0) if single else h.new_empty(h.shape)
+    c_T = x.new_empty(0) if c is None else c.new_empty(c.shape)
+    if not train:
+        return y, h_T, c_T, x.new_empty(0)
+    tokens = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
+    each = len(weights) // (layers * directions)
+    dtype = np.dtype(str(x.dtype).removeprefix("torch."))
+    size = layers * _rounded(tokens * directions * h.shape[-1])
+    for k in range(layers * directions):
+        shapes = [tuple(int(n) for n in w.shape) for w in weights[k * each : k * each + each]]
+        arrays = [np.empty(shape, dtype) for shape in shapes]
+        biases, hr = (arrays[2:4] if each >= 4 else [None, None]), arrays[-1] if each % 2 else None
+        one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None], 1, "")
+        size = size + _rounded(tokens * one)
+    return y, h_T, c_T, x.new_empty((size,))
+
+
+def _rounded(n: Any) -> Any:
+    return (n + 15) // 16 * 16
+
+
+def _stack_backward_op(
+    x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], tape: Tensor, dy: Tensor | None, dh_T: Tensor | None,
+    dc_T: Tensor | None, cell: int, layers: int, directions: int, batch_first: bool,
+) -> list[Tensor]:  # fmt: skip
+    """dx, dh_0, dc_0 (empty where there is none), then one gradient a weight."""
+    tensors = (x, h, c, tape, dy, dh_T, dc_T)
+    x, h, c, tape, dy, dh_T, dc_T = (None if t is None else _tidy(t.detach()) for t in tensors)  # type: ignore[assignment]
+    weights = [_tidy(w.detach()) for w in weights]
+    out = _core.stack_backward(
+        cell, layers, directions, batch_first, torch.get_num_threads(), False, x, batch_sizes, h, c, weights, tape, dy, dh_T, dc_T,
+        (True,) * (3 + len(weights)),
+    )  # fmt: skip
+    if out is None:
+        raise RuntimeError("rnnfast::stack_backward: the gradients do not fit the tape")
+    return [x.new_empty(0) if t is None else t for t in out]
+
+
+def _stack_backward_fake(x: Tensor, batch_sizes: Any, h: Tensor, c: Tensor | None, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) if t is not None else x.new_empty(0) for t in (x, h, c, *weights)]
+
+
+def _stack_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, batch_sizes, h, c, weights, *sizes, _ = inputs
+    ctx.sizes, ctx.single, ctx.presence = sizes, batch_sizes is None and x.dim() == 2, (batch_sizes is not None, c is not None)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, batch_sizes, h, c, output[3], *weights)
+
+
+def _stack_gradient(ctx: Any, dy: Any, dh_T: Any, dc_T: Any, dtape: Any) -> tuple[Any, ...]:
+    x, batch_sizes, h, c, tape, *weights = ctx.saved_tensors
+    if ctx.single:
+        dh_T = None
+    dx, dh, dc, *dw = torch.ops.rnnfast.stack_backward(x, batch_sizes, h, c, weights, tape, dy, dh_T, dc_T if c is not None else None, *ctx.sizes)
+    return dx, None, dh, dc if c is not None else None, dw, None, None, None, None, None
+
+
+_op = torch.library.custom_op(
+    "rnnfast::stack", _stack_op, mutates_args=(), schema=f"({_TENSORS}, {_SIZES}, bool train) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_op.register_fake(_stack_fake)
+_op.register_autograd(_stack_gradient, setup_context=_stack_setup)
+_backward_op = torch.library.custom_op(
+    "rnnfast::stack_backward", _stack_backward_op, mutates_args=(),
+    schema=f"({_TENSORS}, Tensor tape, Tensor? dy, Tensor? dh_T, Tensor? dc_T, {_SIZES}) -> Tensor[]",
+)  # fmt: skip
+_backward_op.register_fake(_stack_backward_fake)
+
+
+class Compilable(nn.Module):
+    """A recurrent layer or cell of torch.nn as one node of a compiled graph (one a layer under dropout); `compilable` makes them.
+
+    Parameters and their names are the original's. Takes padded input, as the original does, not a PackedSequence.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        source: Any = module
+        self.is_cell = isinstance(module, nn.RNNCellBase)
+        mode = source.mode if not self.is_cell else "LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else ""
+        self.cell = _LAYERS[(mode or f"rnn_{source.nonlinearity}").lower()]
+        self.paired, self.input_size, self.hidden_size = self.cell == _LSTM, source.input_size, source.hidden_size
+        self.layers = 1 if self.is_cell else source.num_layers
+        self.directions = 2 if not self.is_cell and source.bidirectional else 1
+        self.batch_first = not self.is_cell and source.batch_first
+        self.dropout = 0.0 if self.is_cell else source.dropout
+        self.output_size = (0 if self.is_cell else source.proj_size) or source.hidden_size
+        self.names = [name for name, _ in module.named_parameters()]
+        for name, parameter in module.named_parameters():
+            self.register_parameter(name, parameter)
+        self.train(module.training)
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """(y, h_T) or (y, (h_T, c_T)) as the original; cells give h or (h, c)."""
+        full = 2 if self.is_cell else 3
+        if input.dim() not in (full - 1, full) or input.shape[-1] != self.input_size:
+            raise RuntimeError(f"input must have {full - 1} or {full} dimensions, the last {self.input_size} wide; got {tuple(input.shape)}")
+        batched = input.dim() == full
+        at = 0 if self.is_cell or self.batch_first else 1
+        x = input if batched else input.unsqueeze(at)
+        weights = [getattr(self, name) for name in self.names]
+        lead = (x.shape[0],) if self.is_cell else (self.layers * self.directions, x.shape[at])
+        if hx is None:
+            h, c = x.new_zeros((*lead, self.output_size)), x.new_zeros((*lead, self.hidden_size)) if self.paired else None
+        else:
+            h, c = hx if self.paired else (hx, None)
+            if not batched:
+                h, c = h.unsqueeze(-2), None if c is None else c.unsqueeze(-2)
+        train = torch.is_grad_enabled()
+        op, D = torch.ops.rnnfast.stack, self.directions
+        if self.dropout == 0 or not self.training or self.layers == 1:
+            y, h_T, c_T, _ = op(x, None, h, c, weights, self.cell, self.layers, D, self.batch_first, train)
+        else:
+            each, ends = len(weights) // self.layers, []
+            y = x.transpose(0, 1) if self.batch_first else x
+            for layer in range(self.layers):
+                y = torch.dropout(y, self.dropout, True) if layer > 0 else y
+                h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
+                y, *end = op(y, None, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, train)
+                ends.append(end)
+            y = y.transpose(0, 1) if self.batch_first else y
+            h_T, c_T = torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends])
+        if self.is_cell:
+            h_T = y
+        if not batched:
+            y, h_T, c_T = y.squeeze(at), h_T.squeeze(-2), c_T.squeeze(-2) if self.paired else c_T
+        state = (h_T, c_T) if self.paired else h_T
+        return state if self.is_cell else (y, state)
+
+
+def compilable(model: nn.Module) -> nn.Module:
+    """A model whose recurrent layers are one node each under torch.compile(fullgraph=True); parameters are shared with the old one.
+
+    Layers below the top are replaced in place; use what is returned.
+    """
+    if type(model) in _TWINS or type(model) in _TWINS.values():
+        return Compilable(model)
+    for name, child in model.named_children():
+        setattr(model, name, compilable(child))
     return model

@@ -1,0 +1,503 @@
+"""The drop-in for torch: against ATen, value by value and gradient by gradient, and around it all that torch's modules promise."""
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import rnnfast.torch as fast
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+LAYERS = {"LSTM": (nn.LSTM, fast.LSTM), "GRU": (nn.GRU, fast.GRU), "RNN": (nn.RNN, fast.RNN)}
+CELLS = {"LSTMCell": (nn.LSTMCell, fast.LSTMCell), "GRUCell": (nn.GRUCell, fast.GRUCell), "RNNCell": (nn.RNNCell, fast.RNNCell)}
+EPS = {torch.float32: 2e-5, torch.float64: 1e-12}  # of sums over at most some hundred terms of size one
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+        yield
+
+
+def flat(out: Any) -> list[Tensor]:
+    """Every tensor of a module's results, in order."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, nn.utils.rnn.PackedSequence):
+        return [out.data]
+    return [t for part in out for t in flat(part)]
+
+
+def twins(name: str, *args: Any, **named: Any) -> tuple[nn.Module, nn.Module]:
+    theirs, ours = {**LAYERS, **CELLS}[name]
+    a, b = theirs(*args, **named), ours(*args, **named)
+    b.load_state_dict(a.state_dict())
+    return a, b
+
+
+def is_ours(out: Any) -> bool:
+    """Whether our kernels made these results, and not torch's."""
+    nodes, seen = [t.grad_fn for t in flat(out)], set()
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "_NodeBackward":
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    return False
+
+
+def same(a: nn.Module, b: nn.Module, run: Callable[[nn.Module, list[Tensor]], Any], inputs: list[Tensor], tolerance: float) -> None:
+    """Both modules give the same results and the same gradients of inputs and parameters."""
+    found = []
+    for module in (a, b):
+        given = [t.detach().clone().requires_grad_() for t in inputs]
+        out = run(module, given)
+        assert is_ours(out) == (module is b)
+        parts = flat(out)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in parts]
+        sum((t * w).sum() for t, w in zip(parts, weights)).backward()  # type: ignore[union-attr]
+        found.append([*parts, *(t.grad for t in given), *(p.grad for p in module.parameters())])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(y, x, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("layers", "bidirectional", "bias"), [(1, False, True), (2, True, True), (3, False, False)])
+def test_layers_equal_aten(name: str, dtype: torch.dtype, batch_first: bool, layers: int, bidirectional: bool, bias: bool) -> None:
+    a, b = twins(name, 7, 10, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, dtype=dtype)
+    x, B = torch.randn(5, 4, 7, dtype=dtype), 5 if batch_first else 4
+    states = [torch.randn(layers * (1 + bidirectional), B, 10, dtype=dtype) for _ in range(2 if name == "LSTM" else 1)]
+    same(a, b, lambda m, v: m(v[0], tuple(v[1:]) if name == "LSTM" else v[1]), [x, *states], EPS[dtype])
+    same(a, b, lambda m, v: m(v[0]), [x], EPS[dtype])
+    same(a, b, lambda m, v: m(v[0][:, 0])[0], [x], EPS[dtype])  # unbatched
+    with torch.no_grad():
+        for left, right in zip(flat(a(x)), flat(b(x))):
+            torch.testing.assert_close(right, left, rtol=EPS[dtype], atol=EPS[dtype])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_projections_equal_aten(bidirectional: bool) -> None:
+    a, b = twins("LSTM", 7, 10, 2, proj_size=3, bidirectional=bidirectional, dtype=torch.float64)
+    same(a, b, lambda m, v: m(v[0]), [torch.randn(6, 4, 7, dtype=torch.float64)], 1e-12)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cells_equal_aten(name: str, dtype: torch.dtype) -> None:
+    for bias in (True, False):
+        a, b = twins(name, 7, 10, bias=bias, dtype=dtype)
+        states = [torch.randn(4, 10, dtype=dtype) for _ in range(2 if name == "LSTMCell" else 1)]
+        same(a, b, lambda m, v: m(v[0], tuple(v[1:]) if len(v) == 3 else v[1]), [torch.randn(4, 7, dtype=dtype), *states], EPS[dtype])
+        same(a, b, lambda m, v: m(v[0]), [torch.randn(7, dtype=dtype)], EPS[dtype])
+
+
+def test_a_relu_layer_and_cell_equal_aten() -> None:
+    a, b = twins("RNN", 7, 10, 1, "relu")
+    same(a, b, lambda m, v: m(v[0]), [torch.randn(3, 4, 7)], 2e-5)
+    a, b = twins("RNNCell", 7, 10, True, "relu")
+    same(a, b, lambda m, v: m(v[0]), [torch.randn(4, 7)], 2e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_packed_sequences_equal_aten_and_padded_rows(name: str, enforce_sorted: bool, dropout: float) -> None:
+    a, b = twins(name, 3, 5, 2, bidirectional=True, dropout=dropout, dtype=torch.float64)
+    lengths = torch.tensor([6, 6, 3, 1] if enforce_sorted else [3, 6, 1, 6])
+    states = [torch.randn(4, 4, 5, dtype=torch.float64) for _ in range(2 if name == "LSTM" else 1)]
+
+    def run(m: nn.Module, v: list[Tensor]) -> Any:
+        torch.manual_seed(3)
+        return m(pack_padded_sequence(v[0], lengths, enforce_sorted=enforce_sorted), tuple(v[1:]) if name == "LSTM" else v[1])
+
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    same(a, b, run, [x, *states], 1e-12)
+    if dropout == 0:
+        y, _ = b(pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted))
+        padded, _ = pad_packed_sequence(y)
+        for row, n in enumerate(lengths.tolist()):
+            torch.testing.assert_close(padded[:n, row], b(x[:n, row : row + 1])[0][:, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_draws_torchs_masks(name: str, batch_first: bool, p: float) -> None:
+    a, b = twins(name, 3, 5, 3, dropout=p, batch_first=batch_first, bidirectional=True, dtype=torch.float64)
+
+    after: list[float] = []
+
+    def run(m: nn.Module, v: list[Tensor]) -> Any:
+        torch.manual_seed(5)
+        out = m(v[0])
+        after.append(torch.rand(1).item())
+        return out
+
+    same(a, b, run, [torch.randn(4, 6, 3, dtype=torch.float64)], 1e-12)
+    assert after[0] == after[1]
+    b.eval()
+    assert torch.equal(b(torch.ones(4, 6, 3, dtype=torch.float64))[0], b(torch.ones(4, 6, 3, dtype=torch.float64))[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_empty_batch_goes_through_both_ways(name: str) -> None:
+    a, b = twins(name, 3, 5, 2, bidirectional=True)
+    same(a, b, lambda m, v: m(v[0]), [torch.randn(4, 0, 3)], 0)
+
+
+def test_states_may_be_lists_aliases_views_or_strided() -> None:
+    a, b = twins("LSTM", 3, 5, 2)
+    x, wide = torch.randn(4, 2, 3), torch.randn(2, 2, 10)
+    same(a, b, lambda m, v: m(v[0], [v[1], v[1]]), [x, torch.randn(2, 2, 5)], 2e-5)
+    same(a, b, lambda m, v: m(v[0], (v[1][..., ::2], v[1][..., 5:])), [x, wide], 2e-5)
+    same(a, b, lambda m, v: m(v[0].transpose(0, 2)[..., :3].transpose(0, 1)), [torch.randn(5, 4, 2)], 2e-5)
+    same(a, b, lambda m, v: m(v[0].expand(4, 2, 3)), [torch.randn(1, 1, 3)], 2e-5)
+    same(a, b, lambda m, v: m(torch.complex(v[0], v[0]).conj().imag), [x], 2e-5)
+
+
+def test_results_may_be_written_to_before_backward() -> None:
+    a, b = twins("GRU", 3, 5, dtype=torch.float64)
+
+    def run(m: nn.Module, v: list[Tensor]) -> Any:
+        y, h = m(v[0])
+        y *= 2
+        return y, h
+
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    same(a, b, run, [x], 1e-12)
+
+
+def test_parameters_changed_between_forward_and_backward_raise() -> None:
+    m = fast.LSTM(3, 5)
+    y, _ = m(torch.randn(4, 2, 3))
+    with torch.no_grad():
+        m.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_frozen_parameters_and_inputs_get_no_gradient() -> None:
+    m = fast.LSTM(3, 5, 2)
+    m.weight_ih_l0.requires_grad_(False)
+    m(torch.randn(4, 2, 3))[0].sum().backward()
+    assert m.weight_ih_l0.grad is None and m.weight_ih_l1.grad is not None
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_gradients_are_repeatable_and_differentiable_twice(name: str) -> None:
+    m = {**LAYERS, **CELLS}[name][1](2, 3, dtype=torch.float64)
+    x = torch.randn(*((2, 2, 2) if name in LAYERS else (2, 2)), dtype=torch.float64, requires_grad=True)
+    parameters = tuple(m.parameters())
+
+    def run(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(m(x)))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters), nondet_tol=0.0)
+    assert torch.autograd.gradgradcheck(run, (x, *parameters), nondet_tol=0.0)
+
+
+def test_batched_gradients_equal_a_loop() -> None:
+    m = fast.GRU(2, 3, dtype=torch.float64)
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    one = torch.autograd.functional.jacobian(lambda x: m(x)[1], x)
+    many = torch.autograd.functional.jacobian(lambda x: m(x)[1], x, vectorize=True)
+    torch.testing.assert_close(one, many)
+
+
+# ---- weights are read anew in every call ------------------------------------------------------------------------------------------------
+
+
+def test_writes_through_data_and_numpy_are_seen() -> None:
+    a, b = twins("LSTM", 3, 5)
+    x = torch.randn(4, 2, 3)
+    for i in range(3):
+        for m in (a, b):
+            m.weight_hh_l0.data.mul_(0.5)
+            m.weight_ih_l0.detach().numpy()[:] += i
+        with torch.no_grad():
+            torch.testing.assert_close(b(x)[0], a(x)[0], rtol=2e-5, atol=2e-5)
+
+
+def test_weight_norm_pruning_and_functional_calls_in_a_loop() -> None:
+    a, b = twins("LSTM", 3, 5)
+    x = torch.randn(4, 2, 3)
+    for m in (a, b):
+        prune.l1_unstructured(m, "weight_hh_l0", amount=0.5)
+        parametrizations.weight_norm(m, "weight_ih_l0")
+    pairs = list(zip(a.parameters(), b.parameters()))
+    for _ in range(3):
+        with fast.installed():
+            y_b = b(x)[0]
+        y_a = a(x)[0]
+        torch.testing.assert_close(y_b, y_a, rtol=2e-5, atol=2e-5)
+        y_a.sum().backward()
+        y_b.sum().backward()
+        with torch.no_grad():
+            for p, q in pairs:
+                assert p.grad is not None and q.grad is not None
+                p -= 0.1 * p.grad
+                q -= 0.1 * q.grad
+                p.grad = q.grad = None
+    a, b = twins("GRU", 3, 5)
+    for _ in range(3):
+        new = {k: torch.randn_like(v) for k, v in a.state_dict().items()}
+        torch.testing.assert_close(torch.func.functional_call(b, new, x)[0], torch.func.functional_call(a, new, x)[0], rtol=2e-5, atol=2e-5)
+
+
+# ---- errors: torch's own -----------------------------------------------------------------------------------------------------------------
+
+
+ERRORS: dict[str, Callable[[Any], Any]] = {
+    "no time": lambda n: n.LSTM(3, 5)(torch.zeros(0, 2, 3)),
+    "no time under dropout": lambda n: n.GRU(3, 5, 2, dropout=0.5)(torch.zeros(0, 2, 3)),
+    "another device": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3, device="meta")),
+    "input width": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 4)),
+    "input dtype": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3, dtype=torch.float64)),
+    "input dims": lambda n: n.RNN(3, 5)(torch.zeros(4)),
+    "hidden size": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 6)),
+    "cell state size": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))),
+    "hidden dims": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(2, 5), torch.zeros(2, 5))),
+    "hidden dtype": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5, dtype=torch.float64)),
+    "cell input": lambda n: n.LSTMCell(10, 20)(torch.zeros(3, 11)),
+    "cell hidden": lambda n: n.GRUCell(10, 20)(torch.zeros(3, 10), torch.zeros(3, 21)),
+    "cell batch": lambda n: n.RNNCell(10, 20)(torch.zeros(3, 10), torch.zeros(5, 20)),
+    "cell dims": lambda n: n.GRUCell(10, 20)(torch.zeros(3, 3, 10)),
+    "unknown nonlinearity": lambda n: n.RNNCell(10, 20, True, "sine")(torch.zeros(3, 10)),
+    "dropout range": lambda n: n.LSTM(3, 5, 2, dropout=2),
+    "proj_size of a GRU": lambda n: n.GRU(3, 5, proj_size=2),
+    "proj_size too large": lambda n: n.LSTM(3, 5, proj_size=5),
+    "no hidden": lambda n: n.LSTM(3, 0),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_torchs(case: str) -> None:
+    with pytest.raises(Exception) as theirs:
+        ERRORS[case](nn)
+    with pytest.raises(type(theirs.value)) as ours:
+        ERRORS[case](fast)
+    assert str(ours.value) == str(theirs.value)
+    with fast.installed(), pytest.raises(type(theirs.value)) as installed:
+        ERRORS[case](nn)
+    assert str(installed.value) == str(theirs.value)
+
+
+# ---- as a module -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_modules_survive_copies_pickles_and_state_dicts(name: str) -> None:
+    theirs, ours = {**LAYERS, **CELLS}[name]
+    m = ours(3, 5)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), torch.load(buffer, weights_only=False)):
+        assert type(twin) is ours
+        assert all(torch.equal(p, q) for p, q in zip(flat(m(x)), flat(twin(x))))
+    plain = theirs(3, 5)
+    assert list(plain.state_dict()) == list(m.state_dict()) and repr(plain) == repr(m)
+    plain.load_state_dict(m.state_dict())
+    m.load_state_dict(plain.state_dict())
+    assert isinstance(m, theirs)
+
+
+def test_conversion_keeps_parameters_and_hooks_both_ways() -> None:
+    model = nn.ModuleDict({"a": nn.LSTM(3, 5), "b": nn.Sequential(nn.GRUCell(3, 4))})
+    before = list(model.parameters())
+    calls: list[int] = []
+    model["a"].register_forward_hook(lambda *_: calls.append(1))
+    fast.convert(model)
+    assert type(model["a"]) is fast.LSTM and all(p is q for p, q in zip(before, model.parameters()))
+    assert is_ours(model["a"](torch.zeros(2, 2, 3))) and calls == [1]
+    fast.to_torch(model)
+    assert type(model["a"]) is nn.LSTM and not is_ours(model["a"](torch.zeros(2, 2, 3)))
+
+
+def test_installation_covers_old_models_and_ends() -> None:
+    layer, cell = nn.LSTM(3, 5, 2, dropout=0.1), nn.GRUCell(3, 5)
+    with fast.installed():
+        assert is_ours(layer(torch.zeros(2, 2, 3))) and is_ours(cell(torch.zeros(2, 3)))
+        with fast.installed():
+            pass
+        assert is_ours(cell(torch.zeros(2, 3)))
+        assert is_ours(layer(pack_sequence([torch.zeros(3, 3), torch.zeros(2, 3)])))
+    assert not is_ours(layer(torch.zeros(2, 2, 3))) and not is_ours(cell(torch.zeros(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_what_is_not_plain_memory_goes_to_torch() -> None:
+    with fast.installed():
+        m = fast.LSTM(3, 5)
+        x = torch.randn(4, 2, 3)
+        y = m(x)[0]
+        scripted = torch.jit.script(nn.Sequential(nn.LSTM(3, 5)))
+        assert scripted(x)[0].shape == (4, 2, 5)
+        cell = fast.GRUCell(3, 5)
+        stacked = torch.func.vmap(cell)(x)
+        torch.testing.assert_close(stacked[1], cell(x[1]), rtol=2e-5, atol=2e-5)
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            assert fast.GRU(3, 5)(torch.zeros(4, 2, 3))[0].shape == (4, 2, 5)
+        assert fast.GRU(3, 5, device="meta")(torch.zeros(4, 2, 3, device="meta"))[0].shape == (4, 2, 5)
+        with torch.device("cpu"):
+            assert is_ours(m(x))
+        program = torch.export.export(m, (x,))
+        torch.testing.assert_close(program.module()(x)[0], y, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_autocast_computes_with_torchs_dtypes(name: str) -> None:
+    m = {**LAYERS, **CELLS}[name][1](3, 5)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)), requires_grad=True)
+    exact = flat(m(x))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = flat(m(x.to(dtype)))
+        low = dtype if name in ("GRU", "GRUCell", "LSTMCell") else torch.bfloat16
+        assert all(t.dtype == low for t in out) and is_ours(out)
+        for a, b in zip(exact, out):
+            torch.testing.assert_close(b.float(), a, rtol=2e-2, atol=2e-2)
+    out[0].float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+def test_inference_mode_checkpoints_and_threads() -> None:
+    m = fast.LSTM(3, 5, 2)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    y = m(x)[0]
+    with torch.inference_mode():
+        assert torch.equal(m(x)[0], y) and m(x)[0].is_inference()
+    again = torch.utils.checkpoint.checkpoint(lambda v: m(v)[0], x, use_reentrant=False)
+    (one,) = torch.autograd.grad(y.sum(), x)
+    (two,) = torch.autograd.grad(again.sum(), x)
+    assert torch.equal(one, two)
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(m(x)[0])) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(f, y) for f in found)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_aten_operations_can_be_taken_and_given_back(name: str) -> None:
+    m = {**LAYERS, **CELLS}[name][0](3, 5, dtype=torch.float64)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)), dtype=torch.float64)
+    scripted = torch.jit.script(nn.Sequential(m))  # overloads of forward are for other scripts
+    before = flat(scripted(x))
+    assert not is_ours(before)
+    with fast.installed(aten=True):
+        after = flat(scripted(x))
+        assert is_ours(after)
+        with torch.inference_mode():
+            flat(scripted(x))
+        y = x.clone().requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda v: flat(m(v))[0], (y,), nondet_tol=0.0)
+        if name in LAYERS:
+            with pytest.raises(RuntimeError, match="larger than 0"):
+                m(x[:0])
+    assert not is_ours(scripted(x))
+    for a, b in zip(before, after):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_the_custom_operation_passes_opcheck(name: str) -> None:
+    m = fast.compilable({**LAYERS, **CELLS}[name][0](3, 5))
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)), requires_grad=True)
+    states = [torch.randn(*((1, 2, 5) if name in LAYERS else (2, 5)), requires_grad=True) for _ in range(2)]
+    given = (x, None, states[0], states[1] if m.paired else None, [getattr(m, n) for n in m.names], m.cell, 1, 1, False, True)
+    torch.library.opcheck(torch.ops.rnnfast.stack.default, given)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_compilable_models_equal_the_plain_ones(name: str) -> None:
+    options = dict(num_layers=2, bidirectional=True, batch_first=True) if name in LAYERS else {}
+    a = {**LAYERS, **CELLS}[name][0](3, 5, dtype=torch.float64, **options)
+    b = fast.compilable(copy.deepcopy(a))
+    assert list(a.state_dict()) == list(b.state_dict())
+    found = []
+    for m in (a, b):
+        for shape in ((4, 2, 3), (4, 3)) if name in LAYERS else ((2, 3), (3,)):
+            m.zero_grad()
+            x = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+            parts = flat(m(x))
+            sum(t.sum() for t in parts).backward()  # type: ignore[union-attr]
+            found.append([*parts, x.grad, *(p.grad for p in m.parameters())])
+    for one, two in zip(found[:2], found[2:]):
+        for t, u in zip(one, two, strict=True):
+            torch.testing.assert_close(u, t, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compilable_model_is_one_node_a_layer() -> None:
+    model = fast.compilable(nn.ModuleDict({"a": nn.LSTM(3, 5, 2), "b": nn.GRU(5, 4)}))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["b"](self.parts["a"](x)[0])[0]
+
+    seen: list[list[str]] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        seen.append([str(n.target) for n in graph.graph.nodes if "rnnfast" in str(n.target)])
+        return graph
+
+    both = Both()
+    x = torch.randn(4, 2, 3)
+    compiled = torch.compile(both, fullgraph=True, backend=count)
+    torch.testing.assert_close(compiled(x), both(x))
+    assert seen == [["rnnfast.stack"] * 2] or seen == [["rnnfast.stack.default"] * 2]
+    trained = torch.compile(both, fullgraph=True, backend="aot_eager")
+    (one,) = torch.autograd.grad(trained(x).sum(), both.parts["a"].weight_hh_l0)
+    (two,) = torch.autograd.grad(both(x).sum(), both.parts["a"].weight_hh_l0)
+    torch.testing.assert_close(one, two)
+
+
+class Rows(torch.utils.data.Dataset[Tensor]):
+    """Rows that a recurrent net makes, in worker processes."""
+
+    def __init__(self) -> None:
+        self.net = fast.GRU(3, 5)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        with torch.no_grad():
+            return self.net(torch.full((64, 16, 3), float(i)))[1][0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_dataloader_workers_by_fork() -> None:
+    rows = Rows()
+    rows[0]  # the parent's threads have started
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2, multiprocessing_context="fork")
+    for i, row in enumerate(loader):
+        assert torch.equal(row[0], rows[i])
