@@ -178,9 +178,7 @@ def _gru_reset_before_forward(a: Array, h: Array, s: Array, w: Weights) -> tuple
     return s_t, s_t, (h, s, r, z, n)
 
 
-def _gru_reset_before_backward(
-    dhidden: Array, ds: Array, kept: Any, w: Weights, d: Weights
-) -> tuple[Array, Array, Array]:
+def _gru_reset_before_backward(dhidden: Array, ds: Array, kept: Any, w: Weights, d: Weights) -> tuple[Array, Array, Array]:
     h, s, r, z, n = kept
     H = s.shape[1]
     U_rz, U_n = w.U[: 2 * H], w.U[2 * H :]
@@ -246,9 +244,7 @@ def _order(active: Array, reset: Array, reverse: bool) -> Iterator[tuple[int, Ar
             yield t, active[t], reset[t + 1] if t + 1 < T else np.zeros_like(reset[t])
 
 
-def _run_forward(
-    cell: Cell, run: Run, order: Iterator[tuple[int, Array, Array]], h: Array, s: Array, h_0: Array, s_0: Array
-) -> tuple[Array, Array]:
+def _run_forward(cell: Cell, run: Run, order: Iterator[tuple[int, Array, Array]], h: Array, s: Array, h_0: Array, s_0: Array) -> tuple[Array, Array]:
     """Run one direction from the state h (B, K*R), s (B, H) and leave the last state in it.
 
     h_0 and s_0 are the fresh state. Returns y (T, B, R) and s of every step (T, B, H), both 0 where no row was active.
