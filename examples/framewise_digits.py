@@ -70,7 +70,7 @@ def error(model: Graph, item: Batch) -> float:
 def train(model: Graph, seed: int, steps: int, parts: tuple[Digits, Digits, Digits], late: int) -> None:
     """Trains; the weights with the best validation stay."""
     rng = np.random.default_rng(seed)
-    valid = batch(strips(rng, parts[1], 100), late)
+    valid = batch(strips(rng, parts[1], 100 if steps > 50 else 10), late)
     training.fit(
         model,
         lambda epoch: (batch(strips(rng, parts[0], 32), late) for _ in range(steps)),
@@ -106,7 +106,7 @@ def main(given: Sequence[str] | None = None) -> float:
     """Prints the frame error rates and returns the LSTM's median."""
     args = arguments("framewise_digits", __doc__, given)
     parts = load()
-    steps, count = (25, 20) if args.quick else (400, 300)
+    steps, count = (10, 20) if args.quick else (400, 300)
     test = strips(np.random.default_rng(1000), parts[2], count)
     results: dict[str, list[float]] = {"LSTM": [], "window": []}
     for seed in args.seeds:

@@ -78,10 +78,10 @@ def tdnn(vocabulary: int, seed: int, projection: int = 64, hidden: int = 256) ->
     return Graph(
         {
             "projection": (table, "tokens"),
-            "drop": (Dropout(0.2, seed=seed + 1), "projection"),
+            "drop": (Dropout(0.1, seed=seed + 1), "projection"),
             "taps": (CausalConv1d(projection, hidden, 5, seed=seed + 2), "drop"),
             "tanh": (Activation("tanh"), "taps"),
-            "drop2": (Dropout(0.4, seed=seed + 3), "tanh"),
+            "drop2": (Dropout(0.3, seed=seed + 3), "tanh"),
             "down": (Linear(hidden, projection, seed=seed + 4), "drop2"),
             "logits": (TiedLinear(table), "down"),
         }
@@ -168,10 +168,10 @@ def main(given: Sequence[str] | None = None) -> float:
     for seed in args.seeds:
         for name in results:
             if name == "LSTM":
-                model = language_model(V, 32 if args.quick else 96, 32 if args.quick else 192, dropout=0.4, seed=seed)
+                model = language_model(V, 32 if args.quick else 128, 32 if args.quick else 320, dropout=0.3, seed=seed)
             else:
-                model = tdnn(V, 10 * seed, *((32, 32) if args.quick else (96, 256)))
-            curves[name].append(fit(model, text, seed, 2 if args.quick else 5, 0.005))
+                model = tdnn(V, 10 * seed, *((32, 32) if args.quick else (128, 384)))
+            curves[name].append(fit(model, text, seed, 2 if args.quick else 8, 0.004))
             results[name].append(math.exp(nats(model, text.test)))
             print(f"seed {seed}: {name} perplexity {results[name][-1]:.1f}, validation by epoch {[round(v) for v in curves[name][-1]]}", flush=True)
             if name == "LSTM" and seed == args.seeds[0]:
