@@ -427,7 +427,7 @@ class Stream {
   // One list of weights a layer; fresh_h (L, 1, S) and fresh_c (L, 1, H) are what reset() puts; zeros where None.
   Stream(std::string cell, std::vector<Weights> weights, int64_t batch, int64_t taps, bool skip, Array fresh_h, Array fresh_c)
       : cell_(std::move(cell)), kind_(kind_of(cell_)), weights_(std::move(weights)), taps_(taps), skip_(skip), layout_(1, batch, std::nullopt),
-        fresh_h_(std::move(fresh_h)), fresh_c_(std::move(fresh_c)) {
+        live_h_(std::move(fresh_h)), live_c_(std::move(fresh_c)) {
     if (weights_.empty()) fail("stream needs a layer");
     if (batch < 1) fail("stream: batch must be at least 1, got " + std::to_string(batch));
     build();
@@ -489,18 +489,25 @@ class Stream {
       }
   }
   std::unique_ptr<Stream> copy() const {
-    auto twin = std::make_unique<Stream>(cell_, weights_, layout_.B, taps_, skip_, fresh_h_, fresh_c_);
+    auto twin = std::make_unique<Stream>(cell_, weights_, layout_.B, taps_, skip_, live_h_, live_c_);
+    twin->fresh_h_ = fresh_h_, twin->fresh_c_ = fresh_c_;
     for (size_t i = 0; i < layers_.size(); ++i) {
       twin->weights_ = weights_;
       std::memcpy(twin->layers_[i].h.data(), layers_[i].h.data(), h_bytes());
       if (pair()) std::memcpy(twin->layers_[i].c.data(), layers_[i].c.data(), c_bytes());
       std::memcpy(twin->layers_[i].packs.data(), layers_[i].packs.data(), layers_[i].packs.size());  // the snapshot, not today's weights
-      twin->layers_[i].job.packed = layers_[i].job.packed;
     }
     return twin;
   }
   void refresh() {
-    for (Layer& l : layers_) l.job.packed = false;
+    const auto copy = [](const Array& a) { return a ? Array(py::array(a->dtype(), shape_of(*a), a->data())) : Array(); };
+    fresh_h_ = copy(live_h_), fresh_c_ = copy(live_c_);
+    for (Layer& l : layers_) {
+      Job no_steps = l.job;
+      no_steps.T = 0, no_steps.packed = false, no_steps.h_T = no_steps.c_T = nullptr;
+      table_->forward(kind_, dtype_, no_steps, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
+      l.job.packed = true;
+    }
   }
 
  private:
@@ -534,8 +541,8 @@ class Stream {
       if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0))) fail(check.who + "stream: layers do not fit together");
     }
     const auto L = static_cast<py::ssize_t>(layers_.size());
-    (*check_)(fresh_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
-    (*check_)(fresh_c_, "c_0", "(L, 1, H)", {L, 1, layers_[0].job.H});
+    (*check_)(live_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
+    (*check_)(live_c_, "c_0", "(L, 1, H)", {L, 1, layers_[0].job.H});
     for (Layer& l : layers_) {
       l.h = Buffer(h_bytes());
       if (pair()) l.c = Buffer(c_bytes());
@@ -548,6 +555,7 @@ class Stream {
       l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
     }
     table_ = &kernels();
+    refresh();
   }
 
   void step(const char* x, py::ssize_t stride, char* out) {
@@ -566,7 +574,6 @@ class Stream {
         j.y = {layers_[static_cast<size_t>(i + 1)].x.data(), 0, R};
       }
       table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
-      j.packed = true;
       if (skip_ && i + 1 < L) {
         char* next = static_cast<char*>(layers_[static_cast<size_t>(i + 1)].x.data());
         for (int64_t b = 0; b < B; ++b) {
@@ -584,7 +591,7 @@ class Stream {
   int64_t taps_;
   bool skip_;
   Layout layout_;
-  Array fresh_h_, fresh_c_;
+  Array live_h_, live_c_, fresh_h_, fresh_c_;  // the layer's h_0 and c_0, and what they were at the snapshot
   std::unique_ptr<Checker> check_;
   std::vector<Layer> layers_;
   const Kernels* table_ = nullptr;

@@ -10,7 +10,7 @@
 //   kept[KEPT]  what backward needs of forward, beside c_{t-1} and c_t
 //
 // A slot holds one affine sum. Slots [0, X_SLOTS) read the input x; slots [H_FIRST, PRE) read the recurrent operand, which for slots from
-// LATE on is not h_{t-1} but the q that `reset` makes of the earlier slots. GATE[slot] is that slot's row block in torch's weights. backward takes dh and dc
+// LATE on is not h_{t-1} but the q that `reset` makes of the earlier slots. GATE[slot] is that slot's row block in torch's weights. SHOWS_CARRY: h is c. backward takes dh and dc
 // as dL/dh_t and dL/dc_t and leaves dL/dc_{t-1} in dc. This file includes nothing and knows no loop, no memory and no thread.
 #pragma once
 
@@ -53,7 +53,7 @@ template <class F>
 struct Rnn {
   static constexpr int GATES = 1, PRE = 1, X_SLOTS = 1, H_FIRST = 0, LATE = 1, PEEP = 0, KEPT = 1;
   static constexpr int GATE[PRE] = {0};
-  static constexpr bool CARRIES = false;
+  static constexpr bool CARRIES = false, SHOWS_CARRY = false;
 
   template <class M, class V>
   RNNFAST_CELL void forward(const V* a, const V*, V, V* kept, V&, V& h) {
@@ -72,7 +72,7 @@ struct Lstm {
   enum { I, F, G, O };
   static constexpr int GATES = 4, PRE = 4, X_SLOTS = 4, H_FIRST = 0, LATE = 4, PEEP = PEEPHOLES ? 3 : 0, KEPT = 4;
   static constexpr int GATE[PRE] = {I, F, G, O};
-  static constexpr bool CARRIES = true;
+  static constexpr bool CARRIES = true, SHOWS_CARRY = false;
 
   template <class M, class V>
   RNNFAST_CELL void forward(const V* a, const V* p, V c_prev, V* kept, V& c, V& h) {
@@ -119,7 +119,7 @@ struct GruResetAfter {
   enum { KR, KZ, KN, KNH };
   static constexpr int GATES = 3, PRE = 4, X_SLOTS = 3, H_FIRST = 1, LATE = 4, PEEP = 0, KEPT = 4;
   static constexpr int GATE[PRE] = {2, 0, 1, 2};
-  static constexpr bool CARRIES = true;
+  static constexpr bool CARRIES = true, SHOWS_CARRY = true;
 
   template <class M, class V>
   RNNFAST_CELL void forward(const V* a, const V*, V c_prev, V* kept, V& c, V& h) {
@@ -148,7 +148,7 @@ struct GruResetBefore {
   enum { KR, KZ, KN };
   static constexpr int GATES = 3, PRE = 3, X_SLOTS = 3, H_FIRST = 0, LATE = 2, PEEP = 0, KEPT = 3;
   static constexpr int GATE[PRE] = {0, 1, 2};
-  static constexpr bool CARRIES = true;
+  static constexpr bool CARRIES = true, SHOWS_CARRY = true;
 
   // The operand of the late slot; leaves r in a[R] for forward.
   template <class M, class V>

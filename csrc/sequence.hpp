@@ -145,7 +145,7 @@ struct Sequence {
 
   struct Forward {
     T *x_early, *x_late, *h_early, *h_late, *w_hr;  // packed
-    T *bias, *b_hr, *a;                             // one token's sums to start from; [R]; [token of a chunk][sums]
+    T *bias, *peep, *b_hr, *a;                      // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
     T *state, *past;                    // without a tape: [row][pitch], [row][history_pitch]
     const T **from, **h_prev, **c_prev;
     T** to;
@@ -167,8 +167,9 @@ struct Sequence {
       T* h_late = packs.take<T>(most_blocks * (PRE - LATE) * L * H);
       T* hr = packs.take<T>(j.projected ? most_outs * L * H : 0);
       T* bias = packs.take<T>(row_size);
+      T* peep = packs.take<T>(Cell::PEEP * most_blocks * L);
       T* b_hr = packs.take<T>(most_outs * L);
-      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.b_hr = b_hr;
+      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.peep = peep, f.b_hr = b_hr;
     }
     for (int64_t i = 0; i < w.count; ++i) {
       const int64_t tokens = forward_steps(most_rows, row_size) * most_rows;
@@ -208,6 +209,11 @@ struct Sequence {
           if (j.b_hh && s >= EARLY) sum = sum + load(in(j.b_hh) + at, lanes(blocks.begin + b));
           store(f.bias + a_at(b, s), sum);
         }
+      for (int64_t b = 0; crew == 0 && b < blocks.size(); ++b) {
+        V p[Cell::PEEP + 1];
+        load_peepholes(blocks.begin + b, p);
+        for (int i = 0; i < Cell::PEEP; ++i) store(f.peep + (i * blocks.size() + b) * L, p[i]);
+      }
     }
     if (j.projected) {
       const Range o = out_blocks();
@@ -309,7 +315,7 @@ struct Sequence {
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         V v[PRE], p[Cell::PEEP + 1], kept[Cell::KEPT], c = all(T(0)), h;
         for (int g = 0; g < PRE; ++g) v[g] = load(f.to[i] + a_at(b - blocks.begin, g));
-        load_peepholes(b, p);
+        for (int g = 0; g < Cell::PEEP; ++g) p[g] = load(f.peep + (g * blocks.size() + b - blocks.begin) * L);
         if constexpr (Cell::CARRIES) c = load(c_prev + b * L, lanes(b));
         Cell::template forward<M, V>(v, p, c, kept, c, h);
         if (j.tape)
@@ -518,6 +524,7 @@ struct Sequence {
         load_peepholes(b, p);
         if constexpr (Cell::CARRIES) c = load(c_row + b * L), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
         V dh = load(dh_row + b * L, m);
+        if (Cell::SHOWS_CARRY && !j.projected) dh = dh + dc, dc = all(T(0));  // one state, whose two parts a caller sees as one between two calls
         if (!j.projected) dh = dh + load(dy + b * L, m);
         Cell::template backward<M, V>(kept, p, before, c, dh, dc, d);
         for (int k = 0; k < PRE; ++k)
