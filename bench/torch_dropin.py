@@ -49,7 +49,7 @@ def compare(name: str, module: nn.Module, run: Run, rounds: int, seconds: float,
     """Prints one line: torch, ours under install, ours as a module."""
     ours = fast.convert(copy.deepcopy(module))
     for a, b in zip(tensors(run(module)), tensors(run(ours)), strict=True):
-        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.abs().max())))
+        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.detach().abs().max())))
     sides: dict[str, list[float]] = {"torch": [], "installed": [], "module": []}
     for _ in range(rounds):
         sides["torch"].append(block(run, module, seconds))
