@@ -1,7 +1,7 @@
 // The border with Python: checks every array, fills a Job, releases the GIL and calls the table of the CPU target in use.
 //
-// Everything that can be wrong is said here, with the name, the symbolic shape and the numbers; below this file nothing throws. NumPy owns every
-// array that the caller sees; scratch is reused from call to call.
+// Everything that can be wrong is said here, with the name, the symbolic shape and the numbers; below this file nothing throws. NumPy owns
+// every array that the caller sees; scratch is reused from call to call.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -87,7 +87,8 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
 
 // ---- the cells by name -----------------------------------------------------------------------------------------------------------------
 
-const char* const CELL_NAMES[CELL_KINDS] = {"rnn_tanh", "rnn_relu", "rnn_sigmoid", "rnn_identity", "lstm", "lstm_peephole", "gru", "gru_reset_before"};
+const char* const CELL_NAMES[CELL_KINDS] = {"rnn_tanh", "rnn_relu",      "rnn_sigmoid", "rnn_identity",
+                                            "lstm",     "lstm_peephole", "gru",         "gru_reset_before"};
 
 CellKind kind_of(const std::string& cell) {
   std::string known;
@@ -108,15 +109,17 @@ struct Checker {
   py::dtype dtype;
 
   void type(const py::array& a, const std::string& name) const {
-    if (!a.dtype().is(dtype)) fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
+    if (!a.dtype().is(dtype))
+      fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
   }
   // A C-contiguous array of this shape; `symbols` as in "(4*H, I)".
   const void* operator()(const Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
     if (!a) return nullptr;
     type(*a, name);
     if (shape_of(*a) != shape)
-      fail(who + name + " must have shape " + symbols + (std::strchr(symbols, '*') || std::strpbrk(symbols, "BHIRST") ? " = " + tuple_text(shape) : "") +
-           ", got " + tuple_text(shape_of(*a)));
+      fail(who + name + " must have shape " + symbols +
+           (std::strchr(symbols, '*') || std::strpbrk(symbols, "BHIRST") ? " = " + tuple_text(shape) : "") + ", got " +
+           tuple_text(shape_of(*a)));
     if (!(a->flags() & py::array::c_style)) fail(who + name + " must be C-contiguous");
     return a->data();
   }
@@ -125,7 +128,8 @@ struct Checker {
     return a ? a->mutable_data() : nullptr;  // raises where a is read-only
   }
   // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
-  Tokens tokens(const Array& a, const std::string& name, py::ssize_t T, py::ssize_t B, py::ssize_t n, bool packed, py::ssize_t count, bool writes) const {
+  Tokens tokens(const Array& a, const std::string& name, py::ssize_t T, py::ssize_t B, py::ssize_t n, bool packed, py::ssize_t count,
+                bool writes) const {
     if (!a) return {nullptr, 0, 0};
     type(*a, name);
     const std::vector<py::ssize_t> shape = packed ? std::vector<py::ssize_t>{count, n} : std::vector<py::ssize_t>{T, B, n};
@@ -147,13 +151,16 @@ struct Layout {
   bool packed = false, ragged = false;
   std::vector<int64_t> active, start, time, index;
 
-  Layout(int64_t T_, int64_t B_, const std::optional<py::array_t<int64_t>>& lengths) : T(T_), B(B_), active(static_cast<size_t>(T_)), time(active) {
+  Layout(int64_t T_, int64_t B_, const std::optional<py::array_t<int64_t>>& lengths)
+      : T(T_), B(B_), active(static_cast<size_t>(T_)), time(active) {
     std::vector<int64_t> length(static_cast<size_t>(B), T);
     if (lengths) {
-      if (lengths->ndim() != 1 || lengths->size() != B) fail("lengths must have shape (B,) = " + tuple_text({B}) + ", got " + tuple_text(shape_of(*lengths)));
+      if (lengths->ndim() != 1 || lengths->size() != B)
+        fail("lengths must have shape (B,) = " + tuple_text({B}) + ", got " + tuple_text(shape_of(*lengths)));
       for (int64_t b = 0; b < B; ++b) {
         const int64_t n = lengths->at(b);
-        if (n < 0 || n > T) fail("lengths must lie in 0 .. T = " + std::to_string(T) + ", got " + std::to_string(n) + " at " + std::to_string(b));
+        if (n < 0 || n > T)
+          fail("lengths must lie in 0 .. T = " + std::to_string(T) + ", got " + std::to_string(n) + " at " + std::to_string(b));
         length[static_cast<size_t>(b)] = n;
         ragged = ragged || n != T;
       }
@@ -161,7 +168,8 @@ struct Layout {
     index.resize(static_cast<size_t>(B));
     for (size_t b = 0; b < index.size(); ++b) index[b] = static_cast<int64_t>(b);
     if (ragged)
-      std::stable_sort(index.begin(), index.end(), [&](int64_t a, int64_t b) { return length[static_cast<size_t>(a)] > length[static_cast<size_t>(b)]; });
+      std::stable_sort(index.begin(), index.end(),
+                       [&](int64_t a, int64_t b) { return length[static_cast<size_t>(a)] > length[static_cast<size_t>(b)]; });
     int64_t rows = B;
     for (int64_t t = 0; t < T; ++t) {
       while (rows > 0 && length[static_cast<size_t>(index[static_cast<size_t>(rows - 1)])] <= t) --rows;
@@ -181,7 +189,8 @@ struct Layout {
     l.B = l.T ? sizes[0] : 0;
     for (int64_t t = 0; t < l.T; ++t) {
       const int64_t n = sizes[t];
-      if (n < 1 || (t > 0 && n > l.active.back())) fail("batch_sizes must be positive and never grow, got " + std::to_string(n) + " at " + std::to_string(t));
+      if (n < 1 || (t > 0 && n > l.active.back()))
+        fail("batch_sizes must be positive and never grow, got " + std::to_string(n) + " at " + std::to_string(t));
       l.active.push_back(n);
     }
     for (int64_t b = 0; b < l.B; ++b) l.index.push_back(b);
@@ -198,7 +207,8 @@ struct Layout {
   }
 };
 
-// ---- how many threads, and how they share ------------------------------------------------------------------------------------------------
+// ---- how many threads, and how they share
+// ------------------------------------------------------------------------------------------------
 
 struct Plan {
   int workers, row_groups;
@@ -206,8 +216,10 @@ struct Plan {
 
 Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int threads = std::min(thread_count(), most);
-  const double step = 2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
-  const double all = static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
+  const double step =
+      2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
+  const double all =
+      static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5) return {1, 1};
   if (j.B >= 4 * threads) return {threads, threads};
@@ -216,7 +228,8 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   return {1, 1};
 }
 
-// Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of sharing.
+// Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of
+// sharing.
 class Packs {
  public:
   using Held = std::shared_ptr<Buffer>;
@@ -277,13 +290,17 @@ struct Call {
   static void task(void* data, int id, int count, void (*wait)(void*), void* waiter) {
     Call& c = *static_cast<Call*>(data);
     const Worker worker{id, count, c.row_groups, c.held ? c.held->data() : c.packs.data(), c.scratch.data(), wait, waiter};
-    if (c.backward) kernels().backward(c.kind, c.dtype, c.job, worker);
-    else kernels().forward(c.kind, c.dtype, c.job, worker);
-    if (id == 0 && c.snapshot && !c.job.packed) c.snapshot->keep(count / c.row_groups, c.held);  // its packs are whole: forward joined after packing
+    if (c.backward)
+      kernels().backward(c.kind, c.dtype, c.job, worker);
+    else
+      kernels().forward(c.kind, c.dtype, c.job, worker);
+    if (id == 0 && c.snapshot && !c.job.packed)
+      c.snapshot->keep(count / c.row_groups, c.held);  // its packs are whole: forward joined after packing
   }
 };
 
-// ---- one layer, one direction ------------------------------------------------------------------------------------------------------------
+// ---- one layer, one direction
+// ------------------------------------------------------------------------------------------------------------
 
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
 
@@ -310,14 +327,17 @@ Checker take_weights(Job& j, CellKind kind, const Weights& w, const std::string&
   const std::string g = G == 1 ? "" : std::to_string(G) + "*";
   const int64_t GH = G * j.H;
   j.w_ih = check(w[0], ih, ("(" + g + "H, I)").c_str(), {GH, j.I});
-  j.w_hh = check(w[1], "weight_hh" + suffix, ("(" + g + "H, " + (j.projected ? "R" : "H") + (taps > 1 ? "*taps)" : ")")).c_str(), {GH, j.R * taps});
+  j.w_hh = check(w[1], "weight_hh" + suffix, ("(" + g + "H, " + (j.projected ? "R" : "H") + (taps > 1 ? "*taps)" : ")")).c_str(),
+                 {GH, j.R * taps});
   j.b_ih = check(w[2], "bias_ih" + suffix, ("(" + g + "H,)").c_str(), {GH});
   j.b_hh = check(w[3], "bias_hh" + suffix, ("(" + g + "H,)").c_str(), {GH});
   j.peep = check(w[4], "weight_peep" + suffix, "(3, H)", {3, j.H});
   j.w_hr = check(w[5], "weight_hr" + suffix, "(R, H)", {j.R, j.H});
   j.b_hr = check(w[6], "bias_hr" + suffix, "(R,)", {j.R});
-  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) fail(who + "weight_peep" + suffix + " goes with the cell lstm_peephole, and only with it");
-  if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1)) fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
+  if ((kind == LSTM_PEEPHOLE) != w[4].has_value())
+    fail(who + "weight_peep" + suffix + " goes with the cell lstm_peephole, and only with it");
+  if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1))
+    fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
   return check;
 }
 
@@ -349,9 +369,9 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
   return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], check.who), j));
 }
 
-void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed, const py::array& x,
-             py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T, const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells,
-             Array tape, Packs* snapshot) {
+void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed,
+             const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T, const Events& reset,
+             const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -377,9 +397,10 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   call.run();
 }
 
-void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed, const py::array& x,
-              const py::array& y, const Array& h_0, const Array& c_0, const Events& reset, const Array& fresh_h, const Array& fresh_c, Array& tape,
-              const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
+void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed,
+              const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset, const Array& fresh_h,
+              const Array& fresh_c, Array& tape, const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx, Array dh_0,
+              Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -420,14 +441,21 @@ void backward(const std::string& cell, const Layout& layout, const Weights& weig
   call.run();
 }
 
-// ---- streaming: one step at a time over a snapshot of the weights --------------------------------------------------------------------------
+// ---- streaming: one step at a time over a snapshot of the weights
+// --------------------------------------------------------------------------
 
 class Stream {
  public:
   // One list of weights a layer; fresh_h (L, 1, S) and fresh_c (L, 1, H) are what reset() puts; zeros where None.
   Stream(std::string cell, std::vector<Weights> weights, int64_t batch, int64_t taps, bool skip, Array fresh_h, Array fresh_c)
-      : cell_(std::move(cell)), kind_(kind_of(cell_)), weights_(std::move(weights)), taps_(taps), skip_(skip), layout_(1, batch, std::nullopt),
-        live_h_(std::move(fresh_h)), live_c_(std::move(fresh_c)) {
+      : cell_(std::move(cell)),
+        kind_(kind_of(cell_)),
+        weights_(std::move(weights)),
+        taps_(taps),
+        skip_(skip),
+        layout_(1, batch, std::nullopt),
+        live_h_(std::move(fresh_h)),
+        live_c_(std::move(fresh_c)) {
     if (weights_.empty()) fail("stream needs a layer");
     if (batch < 1) fail("stream: batch must be at least 1, got " + std::to_string(batch));
     build();
@@ -480,7 +508,8 @@ class Stream {
     }
   }
   void reset(const std::optional<py::array_t<bool>>& mask) {
-    if (mask && (mask->ndim() != 1 || mask->shape(0) != layout_.B)) fail(who() + "stream: mask must be bool of shape (B,) = " + tuple_text({layout_.B}));
+    if (mask && (mask->ndim() != 1 || mask->shape(0) != layout_.B))
+      fail(who() + "stream: mask must be bool of shape (B,) = " + tuple_text({layout_.B}));
     for (size_t i = 0; i < layers_.size(); ++i)
       for (int64_t b = 0; b < layout_.B; ++b) {
         if (mask && !mask->at(b)) continue;
@@ -525,8 +554,10 @@ class Stream {
 
   static void put(const Buffer& to, int64_t row, size_t bytes, const Array& from, size_t layer) {
     char* at = static_cast<char*>(to.data()) + static_cast<size_t>(row) * bytes;
-    if (from) std::memcpy(at, static_cast<const char*>(from->data()) + layer * bytes, bytes);
-    else std::memset(at, 0, bytes);
+    if (from)
+      std::memcpy(at, static_cast<const char*>(from->data()) + layer * bytes, bytes);
+    else
+      std::memset(at, 0, bytes);
   }
 
   void build() {
@@ -538,7 +569,8 @@ class Stream {
       layers_.push_back(std::move(l));
       const Job& first = layers_.front().job;
       Job& j = layers_.back().job;
-      if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0))) fail(check.who + "stream: layers do not fit together");
+      if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0)))
+        fail(check.who + "stream: layers do not fit together");
     }
     const auto L = static_cast<py::ssize_t>(layers_.size());
     (*check_)(live_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
@@ -548,8 +580,10 @@ class Stream {
       if (pair()) l.c = Buffer(c_bytes());
       Job& j = l.job;
       j.h_0 = j.h_T = l.h.data();
-      if (pair()) j.c_0 = j.c_T = l.c.data();
-      else if (carries(kind_)) j.c_0 = l.h.data();  // a GRU carries its h
+      if (pair())
+        j.c_0 = j.c_T = l.c.data();
+      else if (carries(kind_))
+        j.c_0 = l.h.data();  // a GRU carries its h
       l.x = Buffer(static_cast<size_t>(layout_.B * j.I) * item());
       l.packs = Buffer(kernels().packs_size(kind_, dtype_, j, 1));
       l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
@@ -565,8 +599,10 @@ class Stream {
     for (int64_t i = 0; i < L; ++i) {
       Layer& l = layers_[static_cast<size_t>(i)];
       Job& j = l.job;
-      if (i == 0) j.x = {const_cast<char*>(x), 0, stride / size};
-      else j.x = {l.x.data(), 0, j.I};
+      if (i == 0)
+        j.x = {const_cast<char*>(x), 0, stride / size};
+      else
+        j.x = {l.x.data(), 0, j.I};
       const bool to_out = skip_ || i == L - 1;
       if (to_out) {
         j.y = {out + (skip_ ? i * R * size : 0), 0, skip_ ? L * R : R};
@@ -597,10 +633,12 @@ class Stream {
   const Kernels* table_ = nullptr;
 };
 
-// ---- a whole stack of layers over another library's tensors --------------------------------------------------------------------------------
+// ---- a whole stack of layers over another library's tensors
+// --------------------------------------------------------------------------------
 //
-// DLPack's C exchange reads a tensor in tens of nanoseconds and makes new ones, without linking to the library. What these two functions cannot
-// take (another device, layout, dtype or shape) they decline by returning None: the caller then lets the library itself compute or complain.
+// DLPack's C exchange reads a tensor in tens of nanoseconds and makes new ones, without linking to the library. What these two functions
+// cannot take (another device, layout, dtype or shape) they decline by returning None: the caller then lets the library itself compute or
+// complain.
 
 namespace tensors {
 
@@ -1027,7 +1065,8 @@ PyMethodDef FUNCTIONS[] = {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "rnnfast's kernels; rnnfast.functional is the way in.";
   py::class_<Layout>(m, "Layout")
-      .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"), py::arg("lengths") = py::none())
+      .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"),
+           py::arg("lengths") = py::none())
       .def_static("from_batch_sizes", py::overload_cast<const py::array_t<int64_t>&>(&Layout::from_batch_sizes), py::arg("batch_sizes"))
       .def_readonly("T", &Layout::T)
       .def_readonly("B", &Layout::B)
@@ -1036,21 +1075,25 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
-        py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"),
-        py::arg("tape"), py::arg("snapshot") = py::none());
-  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"), py::arg("reversed"), py::arg("x"),
-        py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"), py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"),
-        py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"),
+        py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("snapshot") = py::none());
+  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"),
+        py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"), py::arg("fresh_h"),
+        py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"),
+        py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
   py::class_<Stream>(m, "Stream")
-      .def(py::init<std::string, std::vector<Weights>, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"), py::arg("weights"), py::arg("batch"),
-           py::arg("taps"), py::arg("skip"), py::arg("fresh_h"), py::arg("fresh_c"))
-      .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(), "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
+      .def(py::init<std::string, std::vector<Weights>, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"), py::arg("weights"),
+           py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"), py::arg("fresh_c"))
+      .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(),
+           "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
       .def_property("state", &Stream::state, &Stream::set_state, "h (L, B, R), for an LSTM (h, c): a copy; assign to set it.")
-      .def("reset", &Stream::reset, py::arg("mask") = py::none(), "Puts rows (all, or those where mask (B,) is true) back to the initial state.")
+      .def("reset", &Stream::reset, py::arg("mask") = py::none(),
+           "Puts rows (all, or those where mask (B,) is true) back to the initial state.")
       .def("copy", &Stream::copy, "A stream of its own from here on, with the same snapshot and state.")
       .def("refresh", &Stream::refresh, "Reads the layer's weights anew.");
-  m.def("exchange", &tensors::open, py::arg("capsule"), py::arg("types"), "Names the tensor library whose tensors stack_forward and stack_backward take.");
+  m.def("exchange", &tensors::open, py::arg("capsule"), py::arg("types"),
+        "Names the tensor library whose tensors stack_forward and stack_backward take.");
   for (PyMethodDef& f : tensors::FUNCTIONS) m.add_object(f.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&f, nullptr)));
   m.def("targets", [] {
     std::vector<std::string> names;

@@ -10,8 +10,9 @@
 //   kept[KEPT]  what backward needs of forward, beside c_{t-1} and c_t
 //
 // A slot holds one affine sum. Slots [0, X_SLOTS) read the input x; slots [H_FIRST, PRE) read the recurrent operand, which for slots from
-// LATE on is not h_{t-1} but the q that `reset` makes of the earlier slots. GATE[slot] is that slot's row block in torch's weights. SHOWS_CARRY: h is c. backward takes dh and dc
-// as dL/dh_t and dL/dc_t and leaves dL/dc_{t-1} in dc. This file includes nothing and knows no loop, no memory and no thread.
+// LATE on is not h_{t-1} but the q that `reset` makes of the earlier slots. GATE[slot] is that slot's row block in torch's weights.
+// SHOWS_CARRY: h is c. backward takes dh and dc as dL/dh_t and dL/dc_t and leaves dL/dc_{t-1} in dc. This file includes nothing and knows
+// no loop, no memory and no thread.
 #pragma once
 
 #ifdef __CUDACC__
@@ -25,27 +26,43 @@ namespace {
 // The outer functions of a plain RNN; the derivative is read off the value: f'(a) as a function of h = f(a).
 struct Tanh {
   template <class M, class V>
-  RNNFAST_CELL V value(V a) { return M::tanh(a); }              // h = tanh a
+  RNNFAST_CELL V value(V a) {
+    return M::tanh(a);  // h = tanh a
+  }
   template <class M, class V>
-  RNNFAST_CELL V times_slope(V h, V dh) { return dh - dh * (h * h); }  // da = dh (1 − h²)
+  RNNFAST_CELL V times_slope(V h, V dh) {
+    return dh - dh * (h * h);  // da = dh (1 − h²)
+  }
 };
 struct Relu {
   template <class M, class V>
-  RNNFAST_CELL V value(V a) { return M::relu(a); }              // h = max(a, 0)
+  RNNFAST_CELL V value(V a) {
+    return M::relu(a);  // h = max(a, 0)
+  }
   template <class M, class V>
-  RNNFAST_CELL V times_slope(V h, V dh) { return M::where_positive(h, dh); }  // da = dh [h > 0]
+  RNNFAST_CELL V times_slope(V h, V dh) {
+    return M::where_positive(h, dh);  // da = dh [h > 0]
+  }
 };
 struct Sigmoid {
   template <class M, class V>
-  RNNFAST_CELL V value(V a) { return M::sigmoid(a); }           // h = σ(a)
+  RNNFAST_CELL V value(V a) {
+    return M::sigmoid(a);  // h = σ(a)
+  }
   template <class M, class V>
-  RNNFAST_CELL V times_slope(V h, V dh) { return dh * (h - h * h); }  // da = dh h (1 − h)
+  RNNFAST_CELL V times_slope(V h, V dh) {
+    return dh * (h - h * h);  // da = dh h (1 − h)
+  }
 };
 struct Identity {
   template <class M, class V>
-  RNNFAST_CELL V value(V a) { return a; }
+  RNNFAST_CELL V value(V a) {
+    return a;
+  }
   template <class M, class V>
-  RNNFAST_CELL V times_slope(V, V dh) { return dh; }
+  RNNFAST_CELL V times_slope(V, V dh) {
+    return dh;
+  }
 };
 
 // Elman 1990.  h_t = f(W x_t + U h_{t-1} + b)
@@ -94,14 +111,14 @@ struct Lstm {
     const V i = kept[I], f = kept[F], g = kept[G], o = kept[O];
     const V tanh_c = M::tanh(c);
     const V dho = dh * o;
-    da[O] = (dho - dho * o) * tanh_c;                          // h_t = o tanh(c_t):  da_o = dh tanh(c_t) o (1 − o)
-    dc = dc + (dho - dho * (tanh_c * tanh_c));                 //                     dc_t += dh o (1 − tanh² c_t)
-    if constexpr (PEEPHOLES) dc = dc + p[2] * da[O];           // a_o sees c_t:       dc_t += p_o da_o
+    da[O] = (dho - dho * o) * tanh_c;                 // h_t = o tanh(c_t):  da_o = dh tanh(c_t) o (1 − o)
+    dc = dc + (dho - dho * (tanh_c * tanh_c));        //                     dc_t += dh o (1 − tanh² c_t)
+    if constexpr (PEEPHOLES) dc = dc + p[2] * da[O];  // a_o sees c_t:       dc_t += p_o da_o
     const V di = dc * i, df = dc * f;
-    da[I] = (di - di * i) * g;                                 // c_t = f c_{t-1} + i g:  da_i = dc g i (1 − i)
-    da[F] = (df - df * f) * c_prev;                            //                         da_f = dc c_{t-1} f (1 − f)
-    da[G] = di - di * (g * g);                                 //                         da_g = dc i (1 − g²)
-    dc = df;                                                   //                         dc_{t-1} = dc f
+    da[I] = (di - di * i) * g;                                       // c_t = f c_{t-1} + i g:  da_i = dc g i (1 − i)
+    da[F] = (df - df * f) * c_prev;                                  //                         da_f = dc c_{t-1} f (1 − f)
+    da[G] = di - di * (g * g);                                       //                         da_g = dc i (1 − g²)
+    dc = df;                                                         //                         dc_{t-1} = dc f
     if constexpr (PEEPHOLES) dc = dc + p[0] * da[I] + p[1] * da[F];  // a_i, a_f see c_{t-1}:  dc_{t-1} += p_i da_i + p_f da_f
   }
   // dp of one step; the sum over time and batch is the caller's.
@@ -123,10 +140,10 @@ struct GruResetAfter {
 
   template <class M, class V>
   RNNFAST_CELL void forward(const V* a, const V*, V c_prev, V* kept, V& c, V& h) {
-    const V r = M::sigmoid(a[R]);               // r = σ(a_r)
-    const V z = M::sigmoid(a[Z]);               // z = σ(a_z)
-    const V n = M::tanh(a[NX] + r * a[NH]);     // n = tanh(a_nx + r a_nh)
-    h = c = n + z * (c_prev - n);               // h_t = (1 − z) n + z h_{t-1}
+    const V r = M::sigmoid(a[R]);            // r = σ(a_r)
+    const V z = M::sigmoid(a[Z]);            // z = σ(a_z)
+    const V n = M::tanh(a[NX] + r * a[NH]);  // n = tanh(a_nx + r a_nh)
+    h = c = n + z * (c_prev - n);            // h_t = (1 − z) n + z h_{t-1}
     kept[KR] = r, kept[KZ] = z, kept[KN] = n, kept[KNH] = a[NH];
   }
   template <class M, class V>

@@ -1,8 +1,8 @@
 // The product: C = first + A·W or C += A·W, in register tiles of MR rows by NV registers, over weights packed into panels.
 //
-// A and C are given as one pointer a row, so that gathered, strided and ragged rows need no copy. A panel holds NV registers' worth of columns for
-// every k: [k][NV][LANES]; the last panel is narrower. Every element is one chain of fused multiply-adds with k ascending, whatever the tile,
-// the k-block, the row count or the thread: equal inputs give equal bits. Knows no time, cell or thread.
+// A and C are given as one pointer a row, so that gathered, strided and ragged rows need no copy. A panel holds NV registers' worth of
+// columns for every k: [k][NV][LANES]; the last panel is narrower. Every element is one chain of fused multiply-adds with k ascending,
+// whatever the tile, the k-block, the row count or the thread: equal inputs give equal bits. Knows no time, cell or thread.
 #pragma once
 
 #include "vec.hpp"
@@ -32,8 +32,10 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   Reg<T> acc[MR][NV];
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NV; ++v) {
-      if (first) acc[r][v] = load(first + v * L);
-      else acc[r][v] = v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
+      if (first)
+        acc[r][v] = load(first + v * L);
+      else
+        acc[r][v] = v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
     }
   for (int64_t k = 0, at = 0; k < K; ++k, at += step, w += NV * L) {
     if constexpr (MR < NV) {
@@ -54,8 +56,10 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   }
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NV; ++v) {
-      if (v == NV - 1) store(c[r] + c_at + v * L, acc[r][v], tail);
-      else store(c[r] + c_at + v * L, acc[r][v]);
+      if (v == NV - 1)
+        store(c[r] + c_at + v * L, acc[r][v], tail);
+      else
+        store(c[r] + c_at + v * L, acc[r][v]);
     }
 }
 
@@ -72,20 +76,26 @@ using Tiles = TilesOf<T, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
 template <class T>
 RNNFAST_INLINE TileFunction<T> tile_function(int nv, int64_t rows) {
   switch (nv) {
-    case 1: return Tiles<T, 1>::of[rows];
-    case 2: return Tiles<T, 2>::of[rows];
-    case 3: return Tiles<T, 3>::of[rows];
-    default: return Tiles<T, 4>::of[rows];
+    case 1:
+      return Tiles<T, 1>::of[rows];
+    case 2:
+      return Tiles<T, 2>::of[rows];
+    case 3:
+      return Tiles<T, 3>::of[rows];
+    default:
+      return Tiles<T, 4>::of[rows];
   }
 }
 
-// A panel's k-block that stays in the second-level cache while the row tiles pass over it. Smaller blocks, for the first level, lose: a tile streams
-// 256 bytes a k at 24 multiply-adds, which the prefetcher keeps up with, and each block more costs a load and a store of the accumulators.
+// A panel's k-block that stays in the second-level cache while the row tiles pass over it. Smaller blocks, for the first level, lose: a
+// tile streams 256 bytes a k at 24 multiply-adds, which the prefetcher keeps up with, and each block more costs a load and a store of the
+// accumulators.
 constexpr int64_t PANEL_BYTES = 128 * 1024;
 
 // One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows. Rows split evenly (8 = 4 + 4, not 6 + 2).
 template <class T>
-__attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t step, const T* w, const T* first, T* const* c, int64_t c_at) {
+__attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t step, const T* w,
+                                       const T* first, T* const* c, int64_t c_at) {
   const int64_t full = tile_rows(nv);
   const int64_t width = nv * LANES<T>;
   const int64_t K_block = rows <= full ? most(K, 1) : most(1, PANEL_BYTES / (width * static_cast<int64_t>(sizeof(T))));
@@ -142,7 +152,8 @@ void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t u
   }
 }
 
-// Panel `panel` of the matrix whose row k is row[k] (columns in place): the weights as they stand, for products with Wᵀ, and rows of x or h for gradients.
+// Panel `panel` of the matrix whose row k is row[k] (columns in place): the weights as they stand, for products with Wᵀ, and rows of x or h
+// for gradients.
 template <class T>
 void pack_rows(const Panels<T>& p, int64_t panel, const T* const* row, T* to) {
   constexpr int L = LANES<T>;
@@ -156,8 +167,8 @@ void pack_rows(const Panels<T>& p, int64_t panel, const T* const* row, T* to) {
   }
 }
 
-// Columns [m0, m1) of the matrix whose row k is from + k·pitch, as [m / PACKED_ROWS][k][m % PACKED_ROWS]: A of a product over k with step PACKED_ROWS. m0 is a
-// multiple of PACKED_ROWS; `columns` bounds what may be read.
+// Columns [m0, m1) of the matrix whose row k is from + k·pitch, as [m / PACKED_ROWS][k][m % PACKED_ROWS]: A of a product over k with step
+// PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
 template <class T>
 void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
   constexpr int P = PACKED_ROWS;

@@ -1,7 +1,8 @@
-// Cells times dtypes -> one exported table of function pointers, for the CPU target whose flags this file is compiled with (RNNFAST_TARGET_NAME).
+// Cells times dtypes -> one exported table of function pointers, for the CPU target whose flags this file is compiled with
+// (RNNFAST_TARGET_NAME).
 //
-// Everything but the table sits in an anonymous namespace, uses no std:: template and has no global constructor, so that no copy of an inline
-// function compiled for one CPU can be taken by the linker for another.
+// Everything but the table sits in an anonymous namespace, uses no std:: template and has no global constructor, so that no copy of an
+// inline function compiled for one CPU can be taken by the linker for another.
 #include "sequence.hpp"
 
 #define RNNFAST_STRING_(x) #x
@@ -17,28 +18,40 @@ using namespace rnnfast;
 template <class T, class F>
 void visit_cell(CellKind kind, const Job& job, const Worker& worker, F f) {
   switch (kind) {
-    case RNN_TANH: return f(Sequence<Rnn<Tanh>, T>(job, worker));
-    case RNN_RELU: return f(Sequence<Rnn<Relu>, T>(job, worker));
-    case RNN_SIGMOID: return f(Sequence<Rnn<Sigmoid>, T>(job, worker));
-    case RNN_IDENTITY: return f(Sequence<Rnn<Identity>, T>(job, worker));
-    case LSTM: return f(Sequence<Lstm<false>, T>(job, worker));
-    case LSTM_PEEPHOLE: return f(Sequence<Lstm<true>, T>(job, worker));
-    case GRU: return f(Sequence<GruResetAfter, T>(job, worker));
-    case GRU_RESET_BEFORE: return f(Sequence<GruResetBefore, T>(job, worker));
-    case CELL_KINDS: return;
+    case RNN_TANH:
+      return f(Sequence<Rnn<Tanh>, T>(job, worker));
+    case RNN_RELU:
+      return f(Sequence<Rnn<Relu>, T>(job, worker));
+    case RNN_SIGMOID:
+      return f(Sequence<Rnn<Sigmoid>, T>(job, worker));
+    case RNN_IDENTITY:
+      return f(Sequence<Rnn<Identity>, T>(job, worker));
+    case LSTM:
+      return f(Sequence<Lstm<false>, T>(job, worker));
+    case LSTM_PEEPHOLE:
+      return f(Sequence<Lstm<true>, T>(job, worker));
+    case GRU:
+      return f(Sequence<GruResetAfter, T>(job, worker));
+    case GRU_RESET_BEFORE:
+      return f(Sequence<GruResetBefore, T>(job, worker));
+    case CELL_KINDS:
+      return;
   }
 }
 template <class F>
 void visit(CellKind kind, Dtype dtype, const Job& job, const Worker& worker, F f) {
-  if (dtype == FLOAT32) visit_cell<float>(kind, job, worker, f);
-  else visit_cell<double>(kind, job, worker, f);
+  if (dtype == FLOAT32)
+    visit_cell<float>(kind, job, worker, f);
+  else
+    visit_cell<double>(kind, job, worker, f);
 }
 
 int lanes(Dtype dtype) { return dtype == FLOAT32 ? LANES<float> : LANES<double>; }
 
 size_t tape_size(CellKind kind, Dtype dtype, const Job& job) {
   size_t size = 0;
-  visit(kind, dtype, job, Worker{0, 1, 1, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) { size = static_cast<size_t>(s.tape_size()); });
+  visit(kind, dtype, job, Worker{0, 1, 1, nullptr, nullptr, nullptr, nullptr},
+        [&](const auto& s) { size = static_cast<size_t>(s.tape_size()); });
   return size;
 }
 
@@ -52,8 +65,10 @@ size_t scratch_size(CellKind kind, Dtype dtype, const Job& job, int workers, int
   Arena arena(nullptr);
   visit(kind, dtype, job, Worker{0, workers, row_groups, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) {
     Arena packs(nullptr);
-    if (backward) s.plan_backward(arena);
-    else s.plan_forward(packs, arena);
+    if (backward)
+      s.plan_backward(arena);
+    else
+      s.plan_forward(packs, arena);
   });
   return arena.used + 64;
 }

@@ -1,9 +1,10 @@
 // The border between the kernels and the rest: plain structs, no templates, no Python.
 //
-// Dims: T time, B batch, I input, H hidden, R output width (H, or proj_size), S operand width (R · taps), G gates. One job is one direction of one layer over a whole call. The
-// batch is sorted by length, longest first, so that the rows that run at time t are the first active[t]; `index` leads back to the caller's order.
-// A token is one (t, row) that runs; tokens are numbered start[t] + row. Pointers are to float or double, as the job's table entry says; null
-// where the thing is absent. Parameter gradients are added to, every other output is overwritten.
+// Dims: T time, B batch, I input, H hidden, R output width (H, or proj_size), S operand width (R · taps), G gates. One job is one direction
+// of one layer over a whole call. The batch is sorted by length, longest first, so that the rows that run at time t are the first
+// active[t]; `index` leads back to the caller's order. A token is one (t, row) that runs; tokens are numbered start[t] + row. Pointers are
+// to float or double, as the job's table entry says; null where the thing is absent. Parameter gradients are added to, every other output
+// is overwritten.
 #pragma once
 
 #include <stddef.h>
@@ -63,10 +64,10 @@ struct Job {
 
 // One of the threads that carry out a job together; each calls the kernel with its own.
 struct Worker {
-  int id, count;       // 0 <= id < count
-  int row_groups;      // the batch is split into so many parts, the units into count / row_groups
-  void* packs;         // packs_size bytes, the same for all workers, 64-byte aligned: forward's weights in the kernels' order
-  void* scratch;       // scratch_size bytes, likewise
+  int id, count;        // 0 <= id < count
+  int row_groups;       // the batch is split into so many parts, the units into count / row_groups
+  void* packs;          // packs_size bytes, the same for all workers, 64-byte aligned: forward's weights in the kernels' order
+  void* scratch;        // scratch_size bytes, likewise
   void (*wait)(void*);  // barrier for all of the job's threads
   void* waiter;
 };

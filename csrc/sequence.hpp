@@ -6,9 +6,10 @@
 //              4  dx  = da W_ih                           after a chunk of time
 //           5, 6  dW += daᵀ [x, h_{t-1}] ; db += Σ da     after a chunk of time
 //
-// The workers share a job in two ways: by rows of the batch (row groups, which never wait for each other within a chunk) and by units (which meet
-// after every phase, `sync`). h_{t-1} is one pointer a row: to the caller's h_0, to y of the step before, to a fresh state after a reset, or, with
-// output taps, into a history that is written downwards so that [y_{t-1}, y_{t-2}, …] lies in order. Knows nothing of Python.
+// The workers share a job in two ways: by rows of the batch (row groups, which never wait for each other within a chunk) and by units
+// (which meet after every phase, `sync`). h_{t-1} is one pointer a row: to the caller's h_0, to y of the step before, to a fresh state
+// after a reset, or, with output taps, into a history that is written downwards so that [y_{t-1}, y_{t-2}, …] lies in order. Knows nothing
+// of Python.
 #pragma once
 
 #include "cells.hpp"
@@ -59,8 +60,16 @@ struct Sequence {
   Range rows;                        // this worker's rows of the batch
 
   Sequence(const Job& job, const Worker& worker)
-      : j(job), w(worker), H(job.H), S(job.R * job.taps), Hp(ceil_div(job.H, L) * L), units(worker.count / worker.row_groups),
-        group(worker.id % units), crew(worker.id / units), blocks(share(ceil_div(H, L), group, units)), rows(share_rows(crew)) {}
+      : j(job),
+        w(worker),
+        H(job.H),
+        S(job.R * job.taps),
+        Hp(ceil_div(job.H, L) * L),
+        units(worker.count / worker.row_groups),
+        group(worker.id % units),
+        crew(worker.id / units),
+        blocks(share(ceil_div(H, L), group, units)),
+        rows(share_rows(crew)) {}
 
   // ---- who does what -------------------------------------------------------------------------------------------------------------------
 
@@ -136,8 +145,8 @@ struct Sequence {
 
   // ======================================================================================================================================
 
-  // The sums `a` of a token lie as [block][slot][L] of own blocks; where slots are late, all early ones before all late ones, so that either part
-  // fills whole panels.
+  // The sums `a` of a token lie as [block][slot][L] of own blocks; where slots are late, all early ones before all late ones, so that
+  // either part fills whole panels.
   static constexpr int WIDE = RESETS_FIRST ? LATE : PRE;  // slots side by side
   int64_t a_at(int64_t b, int slot) const {
     return slot < WIDE ? (b * WIDE + slot) * L : (blocks.size() * WIDE + b * (PRE - WIDE) + slot - WIDE) * L;
@@ -146,7 +155,7 @@ struct Sequence {
   struct Forward {
     T *x_early, *x_late, *h_early, *h_late, *w_hr;  // packed
     T *bias, *peep, *b_hr, *a;                      // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
-    T *state, *past;                    // without a tape: [row][pitch], [row][history_pitch]
+    T *state, *past;                                // without a tape: [row][pitch], [row][history_pitch]
     const T **from, **h_prev, **c_prev;
     T** to;
   };
@@ -169,7 +178,9 @@ struct Sequence {
       T* bias = packs.take<T>(row_size);
       T* peep = packs.take<T>(Cell::PEEP * most_blocks * L);
       T* b_hr = packs.take<T>(most_outs * L);
-      if (g == group) f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.peep = peep, f.b_hr = b_hr;
+      if (g == group)
+        f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.peep = peep,
+        f.b_hr = b_hr;
     }
     for (int64_t i = 0; i < w.count; ++i) {
       const int64_t tokens = forward_steps(most_rows, row_size) * most_rows;
@@ -229,7 +240,8 @@ struct Sequence {
   }
 
   // Slots [first_slot, first_slot + slots) of the sums: a = first + from·W or a += from·W, for all of this worker's units.
-  void affine(const T* packed, int first_slot, int slots, int64_t K, int64_t count, const T* const* from, const T* first, T* const* to) const {
+  void affine(const T* packed, int first_slot, int slots, int64_t K, int64_t count, const T* const* from, const T* first,
+              T* const* to) const {
     if (K == 0 && !first) return;  // a dense layer: no recurrence
     const Panels<T> p(units_of(blocks), slots, K);
     const int64_t width = first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
@@ -258,7 +270,8 @@ struct Sequence {
       int64_t count = 0;
       for (int64_t s = s0; s < s1; ++s) {
         const Range run = running(time(s));
-        for (int64_t r = run.begin; r < run.end; ++r, ++count) f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
+        for (int64_t r = run.begin; r < run.end; ++r, ++count)
+          f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
       }
       if (row_size > 0 && count > 0) {
         affine(f.x_early, 0, X < WIDE ? X : WIDE, j.I, count, f.from, f.bias, f.to);
@@ -279,7 +292,8 @@ struct Sequence {
       if (j.h_T) memcpy(out(j.h_T) + at * S, f.h_prev[r], static_cast<size_t>(S) * sizeof(T));
     }
     for (int64_t r = rows.begin; Cell::CARRIES && j.c_T && r < rows.end; ++r)
-      memcpy(out(j.c_T) + j.index[r] * H + blocks.begin * L, f.c_prev[r] + blocks.begin * L, static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
+      memcpy(out(j.c_T) + j.index[r] * H + blocks.begin * L, f.c_prev[r] + blocks.begin * L,
+             static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
   }
 
   void forward_step(const Forward& f, int64_t s, Range run, T* a) const {
@@ -337,7 +351,8 @@ struct Sequence {
       if (count > 0) {
         const Panels<T> p(count, 1, H);
         for (int64_t panel = 0; panel < p.count(); ++panel)
-          product(p.nv(panel), p.tail(panel), n, H, f.from, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to, first + panel * MAX_NV * L);
+          product(p.nv(panel), p.tail(panel), n, H, f.from, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to,
+                  first + panel * MAX_NV * L);
       }
     }
     if (j.taps > 1) {
@@ -482,7 +497,8 @@ struct Sequence {
       const T* dh = f.dh + r * dh_pitch() + (j.taps > 1 ? j.T * j.R : 0);
       if (j.dh_0) memcpy(out(j.dh_0) + at * S + first, dh + first, static_cast<size_t>(count) * sizeof(T));
       if (Cell::CARRIES && j.dc_0)
-        memcpy(out(j.dc_0) + at * H + blocks.begin * L, f.dc + r * Hp + blocks.begin * L, static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
+        memcpy(out(j.dc_0) + at * H + blocks.begin * L, f.dc + r * Hp + blocks.begin * L,
+               static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
     }
   }
 
@@ -524,7 +540,8 @@ struct Sequence {
         load_peepholes(b, p);
         if constexpr (Cell::CARRIES) c = load(c_row + b * L), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
         V dh = load(dh_row + b * L, m);
-        if (Cell::SHOWS_CARRY && !j.projected) dh = dh + dc, dc = all(T(0));  // one state, whose two parts a caller sees as one between two calls
+        if (Cell::SHOWS_CARRY && !j.projected)
+          dh = dh + dc, dc = all(T(0));  // one state, whose two parts a caller sees as one between two calls
         if (!j.projected) dh = dh + load(dy + b * L, m);
         Cell::template backward<M, V>(kept, p, before, c, dh, dc, d);
         for (int k = 0; k < PRE; ++k)
@@ -553,20 +570,24 @@ struct Sequence {
       f.from[i] = da + i * da_pitch() + EARLY * H;
       f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
     }
-    if (h_count > 0) columns(Panels<T>(h_count, 1, (LATE - EARLY) * H), n, f.from, f.w_early, j.taps > 1 ? nullptr : f.zeros, f.to, h_first, false);
+    if (h_count > 0)
+      columns(Panels<T>(h_count, 1, (LATE - EARLY) * H), n, f.from, f.w_early, j.taps > 1 ? nullptr : f.zeros, f.to, h_first, false);
     if (j.reset) {
       for (int64_t r = run.begin; r < run.end; ++r) {
         const int64_t event = j.reset[t * j.B + j.index[r]];
         if (event < 0) continue;
-        for (int64_t k = h_first; k < h_first + h_count; ++k) out(j.dreset_h)[event * S + k] = f.dh[r * dh_pitch() + k], f.dh[r * dh_pitch() + k] = T(0);
-        for (int64_t k = first; Cell::CARRIES && k < first + own; ++k) out(j.dreset_c)[event * H + k] = f.dc[r * Hp + k], f.dc[r * Hp + k] = T(0);
+        for (int64_t k = h_first; k < h_first + h_count; ++k)
+          out(j.dreset_h)[event * S + k] = f.dh[r * dh_pitch() + k], f.dh[r * dh_pitch() + k] = T(0);
+        for (int64_t k = first; Cell::CARRIES && k < first + own; ++k)
+          out(j.dreset_c)[event * H + k] = f.dc[r * Hp + k], f.dc[r * Hp + k] = T(0);
       }
     }
     if (j.projected || j.taps > 1) sync();  // else a worker's dh are its own units'
   }
 
   // c[r][at ..] = first + a[r]·W (or +=) over all panels; `padded` where the destination holds whole registers.
-  void columns(const Panels<T>& p, int64_t n, const T* const* from, const T* packed, const T* first, T* const* to, int64_t at, bool padded) const {
+  void columns(const Panels<T>& p, int64_t n, const T* const* from, const T* packed, const T* first, T* const* to, int64_t at,
+               bool padded) const {
     for (int64_t panel = 0; panel < p.count(); ++panel)
       product(p.nv(panel), padded ? L : p.tail(panel), n, p.K, from, 1, packed + p.at(panel), first, to, at + panel * MAX_NV * L);
   }
@@ -658,7 +679,8 @@ struct Sequence {
   }
 
   // dW += daᵀ·operand for slots [s0, s1): rows of the weights are split among the workers.
-  void weight_gradient(const Backward& f, int operand, const T* a_packed, int64_t m0, int64_t m1, int64_t tokens, void* weights, bool by_gate) const {
+  void weight_gradient(const Backward& f, int operand, const T* a_packed, int64_t m0, int64_t m1, int64_t tokens, void* weights,
+                       bool by_gate) const {
     const int64_t width = operand_width(operand);
     const Range tiles = share(ceil_div(m1 - m0, PACKED_ROWS), w.id, w.count);
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
@@ -669,8 +691,8 @@ struct Sequence {
     }
     const Panels<T> p(width, 1, tokens);
     for (int64_t panel = 0; panel < p.count(); ++panel)
-      product(p.nv(panel), p.tail(panel), end - begin, tokens, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel), static_cast<const T*>(nullptr), f.to,
-              panel * MAX_NV * L);
+      product(p.nv(panel), p.tail(panel), end - begin, tokens, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel),
+              static_cast<const T*>(nullptr), f.to, panel * MAX_NV * L);
   }
 
   void parameter_gradients(const Backward& f, int64_t tokens) const {

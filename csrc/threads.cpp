@@ -90,8 +90,8 @@ class Team {
   int count_ = 1;
 };
 
-// The one team of the process and the lock of whoever uses it. Both are leaked on purpose: threads may outlive static destructors, and a fork's
-// child must not touch what its parent's threads held.
+// The one team of the process and the lock of whoever uses it. Both are leaked on purpose: threads may outlive static destructors, and a
+// fork's child must not touch what its parent's threads held.
 struct Shared {
   std::mutex busy;
   Team team;

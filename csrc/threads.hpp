@@ -1,13 +1,13 @@
 // A fork-safe team of threads: run(count, fn) calls fn(worker) once on each, the caller being the first.
 //
-// One fork and join a call. A caller that finds the team busy runs alone instead of queueing. Waiting threads spin briefly and then sleep, so that
-// other libraries are not starved. After a fork the child forgets the team and starts a new one when it needs it. Knows no kernel.
+// One fork and join a call. A caller that finds the team busy runs alone instead of queueing. Waiting threads spin briefly and then sleep,
+// so that other libraries are not starved. After a fork the child forgets the team and starts a new one when it needs it. Knows no kernel.
 #pragma once
 
 namespace rnnfast {
 
-int hardware_threads();      // what affinity and the cgroup leave us
-int thread_count();          // set_thread_count, else RNNFAST_NUM_THREADS, else OMP_NUM_THREADS, else hardware_threads
+int hardware_threads();  // what affinity and the cgroup leave us
+int thread_count();      // set_thread_count, else RNNFAST_NUM_THREADS, else OMP_NUM_THREADS, else hardware_threads
 void set_thread_count(int n);
 
 // Calls fn(data, id, count, wait, waiter) for id = 0 .. count − 1, count <= most; wait(waiter) is a barrier for these threads.

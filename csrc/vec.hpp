@@ -1,9 +1,10 @@
 // A SIMD value: how many numbers fit the target's widest register, how they are loaded and stored, and exp, sigmoid, tanh of them.
 //
-// Reg<T> is a GNU vector (g++ and clang), so that + − · / and comparisons are the compiler's own; only the fused multiply-add and the masked
-// load and store need an intrinsic. RNNFAST_SCALAR makes it one number, for debugging. Knows no matrix, cell or thread.
+// Reg<T> is a GNU vector (g++ and clang), so that + − · / and comparisons are the compiler's own; only the fused multiply-add and the
+// masked load and store need an intrinsic. RNNFAST_SCALAR makes it one number, for debugging. Knows no matrix, cell or thread.
 //
-// Largest errors, in units in the last place of the exact result, over all finite inputs whose result is a normal number (tests/cpp measures them):
+// Largest errors, in units in the last place of the exact result, over all finite inputs whose result is a normal number (tests/cpp
+// measures them):
 //               float32   float64
 //   sigmoid        2.6       2.6
 //   tanh           2.6       2.2
@@ -73,14 +74,20 @@ template <class T>
 RNNFAST_INLINE Reg<T> fma(Reg<T> a, Reg<T> b, Reg<T> c) {
   if constexpr (LANES<T> == 1) return a * b + c;
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Reg<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-  else return (Reg<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  else
+    return (Reg<T>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif !defined(RNNFAST_SCALAR) && defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return (Reg<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  else return (Reg<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  else
+    return (Reg<T>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif !defined(RNNFAST_SCALAR) && defined(__aarch64__)
-  if constexpr (sizeof(T) == 4) return (Reg<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-  else return (Reg<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+  else
+    return (Reg<T>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
 #endif
@@ -101,8 +108,10 @@ template <class T>
 RNNFAST_INLINE Reg<T> load(const T* p, int n) {
   if (n == LANES<T>) return load(p);
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Reg<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-  else return (Reg<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  else
+    return (Reg<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
 #else
   T part[LANES<T>] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -113,8 +122,10 @@ template <class T>
 RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
   if (n == LANES<T>) return store(p, v);
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
-  else _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 #else
   T part[LANES<T>];
   store(part, v);
@@ -139,7 +150,8 @@ RNNFAST_INLINE Reg<T> interleave_high(Reg<T> a, Reg<T> b) {
   if constexpr (LANES<T> == 16) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return b;
 }
-// r[i] lane k becomes r[k] lane i: each round interleaves the upper half of the registers into the lower one, and log2(LANES) rounds make a transpose.
+// r[i] lane k becomes r[k] lane i: each round interleaves the upper half of the registers into the lower one, and log2(LANES) rounds make a
+// transpose.
 template <class T>
 RNNFAST_INLINE void transpose(Reg<T>* r) {
   constexpr int L = LANES<T>;
@@ -165,8 +177,9 @@ struct Exponential<double> {
   static constexpr double low = -708.3, high = 710.1;  // infinite from 709.4362 on
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round = 0x1.8p+52;
-  static constexpr double p[] = {0x1.af73f44c09ceep-26, 0x1.28a2b3fc8b79ap-22, 0x1.71ddebba011d6p-19, 0x1.a019a67ba137ep-16, 0x1.a01a01b516a20p-13,
-                                 0x1.6c16c17f3bb8dp-10, 0x1.111111110e908p-7,  0x1.55555555520ddp-5,  0x1.555555555555cp-3,  0x1.0000000000005p-1};
+  static constexpr double p[] = {0x1.af73f44c09ceep-26, 0x1.28a2b3fc8b79ap-22, 0x1.71ddebba011d6p-19, 0x1.a019a67ba137ep-16,
+                                 0x1.a01a01b516a20p-13, 0x1.6c16c17f3bb8dp-10, 0x1.111111110e908p-7,  0x1.55555555520ddp-5,
+                                 0x1.555555555555cp-3,  0x1.0000000000005p-1};
 };
 
 // scale = 2^n and part = e^r − 1, so that e^x = scale·part + scale. x outside [low, high] counts as the bound; NaN stays in part.
@@ -216,8 +229,8 @@ struct Maths {
   static RNNFAST_INLINE V where_positive(V x, V v) { return x > all<T>(0) ? v : all<T>(0); }
 };
 
-// Flushes denormals to 0 for as long as it lives, and then puts the thread's floating-point state back as it was: recurrent nets that decay run
-// 10 to 30 times slower on denormals. Only for float32: float64 is left alone.
+// Flushes denormals to 0 for as long as it lives, and then puts the thread's floating-point state back as it was: recurrent nets that decay
+// run 10 to 30 times slower on denormals. Only for float32: float64 is left alone.
 template <class T>
 class FlushDenormals {
  public:

@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -101,10 +102,8 @@ class Tape:
 
 def _array(value: Any, name: str, who: str) -> Array:
     if not isinstance(value, np.ndarray):
-        if hasattr(value, "__dlpack__") and not hasattr(value, "__array_interface__"):
-            value = np.from_dlpack(value)
-        else:
-            value = np.asarray(value)
+        dlpack = hasattr(value, "__dlpack__") and not hasattr(value, "__array_interface__")
+        value = np.from_dlpack(value) if dlpack else np.asarray(value)
     array: Array = value
     if array.dtype.kind != "f":
         raise ValueError(f"{who}: {name} must hold floats, got dtype {array.dtype}")
@@ -258,10 +257,7 @@ def forward(
         if layer > 0:
             below = y if dropout_masks is None else y * dropout_masks[layer - 1]
             below = np.concatenate((x, below), axis=-1) if skip else below
-        if every_y is not None:
-            y = every_y[..., layer * D * R : (layer + 1) * D * R]
-        else:
-            y = new((*lead, D * R), x.dtype)
+        y = new((*lead, D * R), x.dtype) if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
         layer_runs = []
         for d in range(D):
             k = layer * D + d
@@ -463,12 +459,12 @@ def _forward_in_parts(
     cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
     paired: bool, cells: bool,
 ) -> Any:  # fmt: skip
-    T, B, _ = x.shape
+    T = len(x)
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
     started = state is not None
     whole: Tape | None = None
     ys, cs, parts = [], [], []
-    for t0, t1 in zip(bounds, bounds[1:]):
+    for t0, t1 in pairwise(bounds):
         rows = cut[t0]
         if rows.any() or t0 == 0:
             _, fresh, _ = forward(cell, x[:0], None, params, output_taps=taps, tape=False)

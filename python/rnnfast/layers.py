@@ -463,7 +463,7 @@ class NarxStream:
             self.state = state
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
-        N, B, I = self._sizes
+        _, B, I = self._sizes
         x = np.asarray(x)
         if x.shape != (B, I) or x.dtype != self._x.dtype:
             raise ValueError(f"narx: stream: x must be {self._x.dtype} of shape (B, I) = {(B, I)}, got {x.dtype} of {x.shape}")
