@@ -244,10 +244,8 @@ def _by_torch(name: str, *args: Any, **named: Any) -> Any:
     if _library is None or named:
         return _ATEN[name](*args, **named)
     operation = getattr(torch.ops.aten, name)
-    if name.endswith("_cell"):
-        overload = operation.default
-    else:
-        overload = operation.data if isinstance(args[1 if name == "lstm" else 2], Tensor) else operation.input
+    packed = not name.endswith("_cell") and isinstance(args[1 if name == "lstm" else 2], Tensor)
+    overload = operation.default if name.endswith("_cell") else operation.data if packed else operation.input
     return overload._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
 
 
