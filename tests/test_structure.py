@@ -102,7 +102,7 @@ def test_every_cell_has_its_line_in_each_list() -> None:
     assert kinds is not None
     names = tuple(name.strip().lower() for name in kinds[1].split(",") if "CELL_KINDS" not in name)
     assert names == tuple(rnnfast.functional.CELLS) == tuple(rnnfast.reference.CELLS)
-    cases = re.findall(r"case (\w+): return f\(Sequence<", (CSRC / "kernels.cpp").read_text())
+    cases = re.findall(r"case (\w+):\s+return f\(Sequence<", (CSRC / "kernels.cpp").read_text())
     assert tuple(case.lower() for case in cases) == names
 
 

@@ -234,7 +234,7 @@ def evolve(
     if method not in ("genetic", "annealing"):
         raise ValueError(f"evolve: method must be genetic or annealing, got {method!r}")
     try:
-        from scipy.optimize import differential_evolution, dual_annealing  # type: ignore[import-untyped]
+        from scipy.optimize import differential_evolution, dual_annealing
     except ImportError as error:
         raise ImportError("evolve needs scipy: pip install 'rnnfast[examples]'") from error
     leaves = [leaf for leaf in model.leaves() if leaf.flat.size]
