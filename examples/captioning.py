@@ -6,6 +6,8 @@ word until <end>. Nothing but picture and sentence is shown in training. Picture
 weights kept are the best on 200 other images; the test pictures are made of 1,000 images of their own. Bar: over 90 % of the test sentences are
 right word for word.
 
+Measured (one seed): 65.6 % with two convolutions and 900 steps, below the bar. The net here has three and trains longer; that is not measured yet.
+
     python examples/captioning.py
 """
 

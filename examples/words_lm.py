@@ -9,6 +9,9 @@ Perplexity is over all test words, <rare> and <end> included, each given all the
 Bar: both nets are below an interpolated modified Kneser-Ney trigram (discounts from the training counts) on the same words and split. Weights kept
 and the end of training are chosen on the validation.
 
+Measured: Kneser-Ney 51.4. One seed of a smaller LSTM (P 96, H 192, dropout 0.4, 5 epochs): 55.5 and still falling (validation 75, 55, 46, 41, 39
+against 35.7), above the bar. The sizes here are larger and train for 8 epochs; they and the TDNN are not measured yet.
+
     python examples/words_lm.py
 """
 
