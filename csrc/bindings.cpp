@@ -104,12 +104,14 @@ std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "g
 
 using Array = std::optional<py::array>;
 
+bool same(const py::dtype& a, const py::dtype& b) { return a.is(b) || a.equal(b); }  // an unpickled dtype is another object
+
 struct Checker {
   std::string who;  // "lstm: "
   py::dtype dtype;
 
   void type(const py::array& a, const std::string& name) const {
-    if (!a.dtype().is(dtype))
+    if (!same(a.dtype(), dtype))
       fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
   }
   // A C-contiguous array of this shape; `symbols` as in "(4*H, I)".
@@ -305,8 +307,8 @@ struct Call {
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
 
 Dtype dtype_of(const py::array& a, const std::string& who) {
-  if (a.dtype().is(py::dtype::of<float>())) return FLOAT32;
-  if (a.dtype().is(py::dtype::of<double>())) return FLOAT64;
+  if (same(a.dtype(), py::dtype::of<float>())) return FLOAT32;
+  if (same(a.dtype(), py::dtype::of<double>())) return FLOAT64;
   fail(who + "dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
 }
 

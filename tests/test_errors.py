@@ -1,5 +1,6 @@
 """What can be wrong is said clearly, or is right: shapes, dtypes, lengths, order of calls, views, read-only arrays."""
 
+import pickle
 import re
 from typing import Any
 
@@ -338,6 +339,16 @@ def test_arrays_of_other_libraries() -> None:
     expected, _ = layer(x)
     for other in (torch.from_numpy(x), memoryview(x)):
         assert layer(other)[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("layer", [rnnfast.LSTM, rnnfast.GRU, rnnfast.RNN])
+def test_layer_and_arrays_that_were_pickled(layer: Any) -> None:
+    net, x = layer(3, 5, seed=0), zeros(4, 2, 3)
+    again, x_again = pickle.loads(pickle.dumps((net, x)))
+    y, state = again(x_again)
+    assert y.tobytes() == net(x)[0].tobytes()
+    again.backward(y, state)
+    assert again.eval().stream(batch=2)(x_again[0]).tobytes() == y[0].tobytes()
 
 
 def test_debug_mode_sees_that_x_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
