@@ -359,10 +359,6 @@ void take_reset(Job& j, const Checker& check, const Events& reset, int64_t event
   j.reset = e;
 }
 
-struct State {
-  Array h, c;
-};
-
 py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix) {
   Job j{};
   const CellKind kind = kind_of(cell);
