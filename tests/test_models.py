@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rnnfast import Adam, Dropout, Embedding, Graph, losses, training
 from rnnfast.models import (
+    AdaptiveSoftmax,
     Columns,
     EncoderDecoder,
     KneserNey,
@@ -78,6 +79,66 @@ def test_a_tied_table_is_trained_from_both_ends_and_survives_a_copy() -> None:
     assert twin["logits"].embedding is twin["projection"]
     with pytest.raises(ValueError, match="sparse"):
         TiedLinear(Embedding(4, 2, sparse=True))
+
+
+@pytest.mark.parametrize("cutoffs", [[3], [2, 5], [4, 8]], ids=["one cluster", "two", "a cluster of one"])
+def test_an_adaptive_softmax_is_torchs(cutoffs: list[int]) -> None:
+    torch = pytest.importorskip("torch")
+    V, E = 9, 4
+    layer = AdaptiveSoftmax(Embedding(V, E, dtype="float64", seed=0), cutoffs)
+    layer.flat[:] = np.random.default_rng(1).standard_normal(layer.flat.size)
+    layer.parameters()["bias"][cutoffs[0] :] = 0  # torch's clusters have none
+    theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(E, V, cutoffs, div_value=1.0, head_bias=True, dtype=torch.float64)
+    table, own, ends = layer.embedding.parameters()["weight"], layer.parameters(), [*cutoffs, V]
+    with torch.no_grad():
+        theirs.head.weight[:] = torch.tensor(np.concatenate((table[: cutoffs[0]], own["cluster.weight"])))
+        theirs.head.bias[:] = torch.tensor(np.concatenate((own["bias"][: cutoffs[0]], own["cluster.bias"])))
+        for tail, low, high in zip(theirs.tail, ends, ends[1:], strict=False):
+            tail[0].weight[:] = torch.eye(E)
+            tail[1].weight[:] = torch.tensor(table[low:high])
+    rng = np.random.default_rng(2)
+    x, target = rng.standard_normal((6, 5, E)), rng.integers(V, size=(6, 5))
+    x_t = torch.tensor(x.reshape(-1, E), requires_grad=True)
+    expected = theirs(x_t, torch.tensor(target.reshape(-1))).loss
+    expected.backward()
+    value, dx = layer.loss(layer(x), target)
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(layer.backward(dx).reshape(-1, E), x_t.grad, atol=1e-14)
+    head, clusters = theirs.head.weight.grad.numpy(), [tail[1].weight.grad.numpy() for tail in theirs.tail]
+    np.testing.assert_allclose(layer.embedding.gradients()["weight"], np.concatenate((head[: cutoffs[0]], *clusters)), atol=1e-14)
+    np.testing.assert_allclose(layer.gradients()["cluster.weight"], head[cutoffs[0] :], atol=1e-14)
+    np.testing.assert_allclose(layer.gradients()["bias"][: cutoffs[0]], theirs.head.bias.grad[: cutoffs[0]], atol=1e-14)
+    np.testing.assert_allclose(layer.gradients()["cluster.bias"], theirs.head.bias.grad[cutoffs[0] :], atol=1e-14)
+    log_p = layer.eval()(x)
+    np.testing.assert_allclose(log_p.reshape(-1, V), theirs.log_prob(x_t).detach(), atol=1e-13)
+    assert layer.loss(log_p, target)[0] == pytest.approx(value, rel=1e-12)
+
+
+def test_an_adaptive_softmax_has_the_gradient_of_its_loss() -> None:
+    model = language_model(9, 4, 6, cutoffs=[3, 6], seed=0)
+    for leaf in model.leaves():
+        leaf.flat *= 3
+    rng = np.random.default_rng(1)
+    tokens, targets = rng.integers(9, size=(2, 5, 3))
+
+    def divergence(backward: bool) -> float:
+        kept = model["logits"].flat_gradient.copy(), model["projection"].flat_gradient.copy()
+        loss, dy = model["logits"].loss(model(tokens)[0], targets)
+        if backward:
+            model.backward(dy)
+        else:
+            model["logits"].flat_gradient[:], model["projection"].flat_gradient[:] = kept
+            for leaf in (model, *model.leaves()):
+                leaf._tapes.clear()
+        return loss
+
+    check_parameters(model, divergence)
+
+
+@pytest.mark.parametrize("cutoffs", [[], [0, 3], [3, 3], [9]])
+def test_cutoffs_must_rise(cutoffs: list[int]) -> None:
+    with pytest.raises(ValueError, match="rise"):
+        AdaptiveSoftmax(Embedding(9, 4), cutoffs)
 
 
 def test_dropout_stands_around_the_recurrent_layers() -> None:

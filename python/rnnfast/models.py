@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from . import losses
 from .dense import Dropout, Embedding, Linear
 from .graph import Graph
 from .layers import GRU, LSTM, RNN
@@ -84,34 +86,142 @@ class TiedLinear(Module):
         return out
 
 
+class AdaptiveSoftmax(Module):
+    """A softmax over many symbols that costs as a small one: the frequent first, the rare in clusters that are seldom looked into.
+
+        p(w) = softmax([P_0; C] x + [b_0; c])_w                               w < cutoffs[0], the head: C (K, E) stands for the clusters
+        p(w) = softmax([P_0; C] x + [b_0; c])_k · softmax(P_k x + b_k)_w      w in cluster k, from cutoffs[k-1] to cutoffs[k] (the last: to V)
+
+    P (V, E) is an Embedding's table, shared with it as in TiedLinear; its symbols must be sorted by how frequent they are. Parameters of its own:
+    bias (V,), cluster.weight C (K, E), cluster.bias c (K,), 0 at first. The last node of a graph.
+
+    In training mode y = x, and `loss(y, target)` looks only into the clusters of the targets: that is what `fit` is to be given. In eval mode
+    x (..., E) -> y (..., V), log p of every symbol, and `loss` is its cross-entropy: both are the same number.
+
+    Raises ValueError for cutoffs that do not rise within (0, V), for a sparse embedding and for a wrong shape.
+
+    Source: Grave, Joulin, Cissé, Grangier & Jégou 2017, "Efficient softmax approximation for GPUs", with projections of one width, tied.
+
+    >>> layer = AdaptiveSoftmax(Embedding(9, 4, seed=0), [3, 6])
+    >>> x, target = np.ones((5, 1, 4), np.float32), np.array([[0], [1], [4], [5], [8]])
+    >>> value, dx = layer.loss(layer(x), target)
+    >>> log_p = layer.eval()(x)
+    >>> bool(np.allclose(np.exp(log_p).sum(axis=-1), 1)), bool(np.isclose(layer.loss(log_p, target)[0], value))
+    (True, True)
+    """
+
+    def __init__(self, embedding: Embedding, cutoffs: Sequence[int]) -> None:
+        super().__init__()
+        V, E = embedding.num_embeddings, embedding.embedding_dim
+        if embedding.sparse:
+            raise ValueError("AdaptiveSoftmax: the embedding must not be sparse: every row has a gradient here")
+        ends = [0, *cutoffs, V]
+        if len(ends) < 3 or any(a >= b for a, b in pairwise(ends)):
+            raise ValueError(f"AdaptiveSoftmax: cutoffs must rise within (0, V) = (0, {V}), got {list(cutoffs)}")
+        self.embedding, self.cutoffs = embedding, tuple(int(n) for n in cutoffs)
+        K = len(self.cutoffs)
+        self._allocate({"bias": (V,), "cluster.weight": (K, E), "cluster.bias": (K,)}, embedding.dtype)
+        self._clusters = list(zip(self.cutoffs, ends[2:]))
+
+    def _head(self) -> tuple[Array, Array]:
+        """The head's weights (cutoffs[0] + K, E) and biases."""
+        p, H = self._parameters, self.cutoffs[0]
+        return (
+            np.concatenate((self.embedding.parameters()["weight"][:H], p["cluster.weight"])),
+            np.concatenate((p["bias"][:H], p["cluster.bias"])),
+        )
+
+    def __call__(self, x: ArrayLike) -> Array:
+        x = np.asarray(x)
+        E = self.embedding.embedding_dim
+        if x.shape[-1:] != (E,):
+            raise ValueError(f"AdaptiveSoftmax: x must have shape (..., E) with E = {E}, got {x.shape}")
+        if self.training:
+            return x
+        flat, table, bias = x.reshape(-1, E), self.embedding.parameters()["weight"], self._parameters["bias"]
+        weight, offset = self._head()
+        head = _log_softmax(flat @ weight.T + offset, x.dtype)
+        H = self.cutoffs[0]
+        y = np.empty((len(flat), len(bias)), x.dtype)
+        y[:, :H] = head[:, :H]
+        for k, (low, high) in enumerate(self._clusters):
+            y[:, low:high] = _log_softmax(flat @ table[low:high].T + bias[low:high], x.dtype) + head[:, H + k, None]
+        return y.reshape(*x.shape[:-1], len(bias))
+
+    def loss(self, y: ArrayLike, target: ArrayLike) -> tuple[float, Array]:
+        """The mean negative log likelihood of targets (...) in nats and its gradient by y; in training mode the parameters' gradients too."""
+        y, t = np.asarray(y), np.asarray(target, np.int64).reshape(-1)
+        if not self.training:
+            value, dy = losses.softmax_cross_entropy(y, target)
+            assert dy is not None
+            return value, dy
+        flat, H, N = y.reshape(-1, y.shape[-1]), self.cutoffs[0], max(len(t), 1)
+        own, table, dtable = self.gradients(), self.embedding.parameters()["weight"], self.embedding.gradients()["weight"]
+        weight, offset = self._head()
+        of = np.searchsorted(self.cutoffs, t, side="right")  # 0: in the head, k + 1: in cluster k
+        logits = flat @ weight.T
+        logits += offset
+        value, da = losses.softmax_cross_entropy(logits, np.where(of == 0, t, H + of - 1), out=logits)
+        assert da is not None
+        dx: Array = da @ weight
+        dweight, doffset = da.T @ flat, np.ones(len(da), da.dtype) @ da
+        dtable[:H] += dweight[:H]
+        own["bias"][:H] += doffset[:H]
+        own["cluster.weight"] += dweight[H:]
+        own["cluster.bias"] += doffset[H:]
+        for k, (low, high) in enumerate(self._clusters):
+            rows = np.flatnonzero(of == k + 1)
+            if len(rows) == 0:
+                continue
+            part = flat[rows]
+            logits = part @ table[low:high].T
+            logits += self._parameters["bias"][low:high]
+            share, da = losses.softmax_cross_entropy(logits, t[rows] - low, out=logits)
+            assert da is not None
+            da *= da.dtype.type(len(rows) / N)  # a mean over these rows -> over all
+            value += share * len(rows) / N
+            dx[rows] += da @ table[low:high]
+            dtable[low:high] += da.T @ part
+            own["bias"][low:high] += np.ones(len(da), da.dtype) @ da
+        return value, dx.reshape(y.shape)
+
+    def backward(self, dy: ArrayLike) -> Array:
+        """dx = dy, what `loss` gave: y was x."""
+        return np.asarray(dy)
+
+
 def language_model(
-    vocabulary: int, projection: int, hidden: int, layers: int = 1, *, cell: str = "lstm", dropout: float = 0.0, tied: bool = True,
-    seed: int | None = None,
+    vocabulary: int, projection: int, hidden: int, layers: int = 1, *, cell: str = "lstm", dropout: float = 0.0, input_dropout: float | None = None,
+    tied: bool = True, cutoffs: Sequence[int] = (), seed: int | None = None,
 ) -> Graph:  # fmt: skip
     """Symbols -> P -> recurrent layers -> softmax's logits, of words or of characters: tokens (T, B) -> (T, B, V).
 
-    tied: the logits are made with P too, through a linear map down to its width where H != E. dropout acts on the projected words, between the
-    layers and before the logits.
+    tied: the logits are made with P too, through a linear map down to its width where H != E. dropout acts between the layers and before the
+    logits, input_dropout (None: the same) on the projected words. cutoffs: AdaptiveSoftmax's, the node to be trained by `model["logits"].loss`.
+    Raises ValueError for cutoffs without tied.
 
     >>> model = language_model(100, 16, 32, seed=0)
     >>> logits, state = model(np.zeros((5, 2), np.int64))
     >>> logits.shape, sorted(name for name in model.parameters() if "rnn" not in name)
     ((5, 2, 100), ['down.bias', 'down.weight', 'logits.bias', 'projection.weight'])
     """
+    if len(cutoffs) and not tied:
+        raise ValueError("language_model: cutoffs need tied=True")
     s = _seeds(seed, 6)
     table = Embedding(vocabulary, projection, seed=s[0])
     nodes: dict[str, Any] = {"projection": (table, "tokens")}
     if tied:
         table.flat *= 1 / math.sqrt(projection)  # so that the first logits are of order 1
     last = "projection"
-    if dropout:
-        nodes["projection_dropout"], last = (Dropout(dropout, seed=s[1]), last), "projection_dropout"
+    if first := dropout if input_dropout is None else input_dropout:
+        nodes["projection_dropout"], last = (Dropout(first, seed=s[1]), last), "projection_dropout"
     nodes["rnn"], last = (_recurrent(cell, projection, hidden, layers, dropout=dropout, seed=s[2]), last), "rnn"
     if dropout:
         nodes["rnn_dropout"], last = (Dropout(dropout, seed=s[3]), last), "rnn_dropout"
     if tied and hidden != projection:
         nodes["down"], last = (Linear(hidden, projection, seed=s[4]), last), "down"
-    nodes["logits"] = (TiedLinear(table) if tied else Linear(hidden, vocabulary, seed=s[5]), last)
+    logits = AdaptiveSoftmax(table, cutoffs) if len(cutoffs) else TiedLinear(table) if tied else Linear(hidden, vocabulary, seed=s[5])
+    nodes["logits"] = (logits, last)
     return Graph(nodes)
 
 
@@ -143,11 +253,11 @@ def _rows(state: Any, rows: Any) -> Any:
     return None if state is None else np.ascontiguousarray(state[:, rows])
 
 
-def _log_softmax(a: Array) -> NDArray[np.float64]:
-    b = a.astype(np.float64)
+def _log_softmax(a: Array, dtype: DTypeLike = "float64") -> Array:
+    b = a.astype(dtype)
     b -= b.max(axis=-1, keepdims=True)
-    out: NDArray[np.float64] = b - np.log(np.exp(b).sum(axis=-1, keepdims=True))
-    return out
+    b -= np.log(np.exp(b).sum(axis=-1, keepdims=True))
+    return b
 
 
 def greedy(step: Step, state: Any, start: ArrayLike, stop: int, limit: int) -> list[list[int]]:
