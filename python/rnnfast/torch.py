@@ -4,6 +4,7 @@ modules    LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell are torch.nn's own classes
 functions  `install` puts ours in torch._VF, which every torch.nn module calls: models built long ago run on our kernels unchanged.
 decline    what the kernels do not take (other devices, dtypes and layouts, functorch, tracing, forward AD) goes to torch's own function,
            which computes it or complains; so every error text is torch's.
+extras     what torch's layers lack (peepholes, resets, learned states, a frozen snapshot) runs on rnnfast.functional.
 
 Dims    T time, B batch, I input, H hidden, R output width, L layers, D directions. No weights are kept from call to call, save by `freeze`.
 """
@@ -11,6 +12,7 @@ Dims    T time, B batch, I input, H hidden, R output width, L layers, D directio
 from __future__ import annotations
 
 import contextlib
+import copy
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils.rnn import PackedSequence
 
-from . import _core
+from . import _core, functional
 from .functional import CELLS
 
 __all__ = [
-    "GRU", "LSTM", "RNN", "Compilable", "GRUCell", "LSTMCell", "RNNCell", "compilable", "convert", "install", "installed", "to_torch", "uninstall",
+    "GRU", "LSTM", "RNN", "Compilable", "GRUCell", "LSTMCell", "RNNCell", "compilable", "convert", "freeze", "install", "installed", "to_torch",
+    "unfreeze", "uninstall",
 ]  # fmt: skip
 
 _Result = tuple[Tensor, ...] | None
@@ -372,84 +376,369 @@ def installed(aten: bool = False) -> Iterator[None]:
             _leave_aten()
 
 
+# ---- what torch's layers lack, over rnnfast.functional -------------------------------------------------------------------------------------
+
+
+class _Frozen:
+    """A copy of a module's weights, and of them in the kernels' order; copies and pickles of it are None."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.arrays: dict[str, Any] = {}
+        self.snapshot: dict[str, _core.Packs] = {}
+        for name, weight in _Standin(module).weights():
+            if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"freeze: {name} must be float32 or float64 on the CPU, got {weight.dtype} on {weight.device}")
+            self.arrays[name] = weight.detach().clone(memory_format=torch.contiguous_format).numpy()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class _Standin:
+    """Stands for a module in torch's own forward, which checks, sorts and squeezes, and then hands it to `_VF` in place of the weights."""
+
+    def __init__(self, module: Any, hx: Any = None, reset: Any = None, cells: bool = False) -> None:
+        self.module, self.given, self.reset, self.wants_cells = module, hx is not None, reset, cells
+        self.is_cell = isinstance(module, nn.RNNCellBase)
+        self.frozen: _Frozen | None = module._frozen
+        self.cells: Any = None
+        self._flat_weights = self.weight_ih = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def _update_flat_weights(self) -> None:
+        """Weights are read by name."""
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """By their names in rnnfast.functional."""
+        m = self.module
+        if self.is_cell:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if m.bias else ("weight_ih", "weight_hh")
+            return [(name + "_l0", getattr(m, name)) for name in names]
+        return [(name, getattr(m, name)) for name in (*m._flat_weights_names, *m._extras)]
+
+    def step(self, x: Tensor, hx: Any) -> Any:
+        """One step of a frozen cell: h or (h, c)."""
+        states = tuple(s[None] for s in hx) if isinstance(hx, tuple) else hx[None]
+        _, *state = self.run(x[None], None, states)
+        return tuple(s[0] for s in state) if isinstance(hx, tuple) else state[0][0]
+
+    def run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any) -> tuple[Tensor, ...]:
+        """(y, h_T[, c_T]), as the functions of torch._VF."""
+        m = self.module
+        paired = isinstance(hx, (tuple, list))
+        h, c = (hx if paired else (hx, None)) if self.given else (None, None)
+        pairs = [] if self.frozen else self.weights()
+        self.names, weights = [name for name, _ in pairs], [weight for _, weight in pairs]
+        tensors = [t for t in (x, h, c, *weights) if t is not None]
+        if not _is_plain() or any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
+            raise RuntimeError(f"{type(m).__name__}: what torch has not, and frozen weights, take plain tensors on the CPU, neither traced nor transformed")
+        if _autocast() and torch.is_autocast_enabled("cpu") and all(t.dtype != torch.float64 for t in tensors):
+            low = torch.get_autocast_dtype("cpu")
+            with torch.autocast("cpu", enabled=False):
+                x, h, c = (None if t is None else t.float() for t in (x, h, c))  # type: ignore[assignment]
+                weights = [w.float() for w in weights]
+                return tuple(t.to(low) for t in self._run(x, batch_sizes, h, c, weights, paired))
+        return self._run(x, batch_sizes, h, c, weights, paired)
+
+    def _run(self, x: Tensor, batch_sizes: Tensor | None, h: Any, c: Any, weights: list[Any], paired: bool) -> tuple[Tensor, ...]:
+        m = self.module
+        padded = lengths = None
+        if self.reset is not None and batch_sizes is not None:  # resets go by (T, B)
+            x, padded = torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
+            lengths, batch_sizes = padded.numpy(), None
+        flip = not self.is_cell and m.batch_first and batch_sizes is None and padded is None
+        x = _tidy(x.transpose(0, 1) if flip else x, rows=True)
+        if batch_sizes is None and len(x) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        L, D = (1, 1) if self.is_cell else (m.num_layers, 2 if m.bidirectional else 1)
+        masks = None
+        if not self.is_cell and m.training and m.dropout > 0 and L > 1:
+            ones = x.new_ones((*x.shape[:-1], D * (m.proj_size or m.hidden_size)))
+            masks = [torch.dropout(ones, m.dropout, True).numpy() for _ in range(L - 1)]
+        self.options = {
+            "num_layers": L, "bidirectional": D == 2, "lengths": lengths, "batch_sizes": None if batch_sizes is None else batch_sizes.numpy(),
+            "reset": self.reset, "dropout_masks": masks, "cells": self.wants_cells,
+        }  # fmt: skip
+        given = [x, _tidy(h), _tidy(c), *(_tidy(w) for w in weights)]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+            if self.frozen is not None:
+                raise RuntimeError(f"{type(m).__name__} is frozen: it has no gradient; call it under torch.no_grad() or unfreeze it first")
+            out = _Extended.apply(self, paired, *given)  # type: ignore[no-untyped-call]
+        else:
+            out = tuple(torch.from_numpy(a) for a in self.forward(paired, given, tape=False)[0])
+        y, *rest = out
+        if self.wants_cells:
+            self.cells = rest.pop()
+        if padded is not None:
+            y, self.cells = (None if t is None else torch._VF._pack_padded_sequence(t, padded, False)[0] for t in (y, self.cells))
+        elif flip:
+            y, self.cells = (None if t is None else t.transpose(0, 1) for t in (y, self.cells))
+        return (y, *rest)
+
+    def forward(self, paired: bool, given: Sequence[Any], *, tape: bool) -> tuple[list[Any], functional.Tape | None]:
+        """The arrays y, h_T[, c_T][, cells], and the tape."""
+        x, h, c, *weights = (None if t is None else t.detach().numpy() for t in given)
+        params: dict[str, Any] = self.frozen.arrays if self.frozen else dict(zip(self.names, weights))
+        state = None if h is None else (h, c) if paired else h
+        snapshot = self.frozen.snapshot if self.frozen else None
+        y, state, kept, *cells = functional.forward(self.module._cell_name, x, state, params, tape=tape, snapshot=snapshot, **self.options)
+        if tape:
+            y = y.copy()  # the tape's own is read only
+        return [y, *(state if paired else (state,)), *cells], kept
+
+
+class _Extended(torch.autograd.Function):
+    """A forward and backward of rnnfast.functional in torch's graph; once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Standin, paired: bool, *given: Any) -> tuple[Tensor, ...]:
+        arrays, ctx.tape = call.forward(paired, given, tape=True)
+        ctx.names, ctx.paired = call.names, paired
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given)
+        out = tuple(torch.from_numpy(a) for a in arrays)
+        if call.wants_cells:
+            ctx.mark_non_differentiable(out[-1])
+        ctx.shapes = [(t.shape, t.dtype) for t in out]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("what torch's layers have not is differentiable once, not with create_graph=True")
+        _, h, *_ = ctx.saved_tensors  # raises where one was written to since
+        states = 2 if ctx.paired else 1
+        dy, *dstate = (
+            torch.zeros(shape, dtype=dtype).numpy() if d is None else _tidy(d, rows=True).numpy()
+            for d, (shape, dtype) in list(zip(gradients, ctx.shapes))[: 1 + states]
+        )
+        needs = ctx.needs_input_grad[2:]
+        dx, dh, found = functional.backward(ctx.tape, dy, tuple(dstate) if ctx.paired else dstate[0], need_dx=needs[0])
+        dh_0, dc_0 = dh if isinstance(dh, tuple) else (dh, None)
+        parts = [dx, *((None, None) if h is None else (dh_0, dc_0)), *(found[name] for name in ctx.names)]
+        return (None, None, *(torch.from_numpy(d) if need and d is not None else None for d, need in zip(parts, needs)))
+
+
+def _by_standin(*args: Any) -> Any:
+    """The functions of torch._VF, given (x, hx, standin, ...) or packed (x, batch_sizes, hx, standin, ...)."""
+    packed = isinstance(args[3], _Standin)
+    return args[3].run(*args[:3]) if packed else args[2].run(args[0], None, args[1])
+
+
+def _cell_by_standin(x: Any, hx: Any, standin: _Standin, *_: Any) -> Any:
+    return standin.step(x, hx)
+
+
 # ---- the modules: torch's own code, calling our functions --------------------------------------------------------------------------------
 
-_names = {**vars(torch_rnn), "_VF": types.SimpleNamespace(**_OURS)}
+
+def _forwards_over(functions: dict[str, Any]) -> dict[type[nn.Module], Callable[..., Any]]:
+    names = {**vars(torch_rnn), "_VF": types.SimpleNamespace(**functions)}
+
+    def over(base: Any) -> Callable[..., Any]:
+        theirs = base.forward
+        return types.FunctionType(theirs.__code__, names, "forward", theirs.__defaults__, theirs.__closure__)
+
+    return {base: over(base) for base in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
 
 
-def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
-    theirs: Any = base.forward
-    return types.FunctionType(theirs.__code__, _names, "forward", theirs.__defaults__, theirs.__closure__)
+_forwards = _forwards_over(_OURS)
+_forwards_by_standin = _forwards_over({name: _cell_by_standin if name.endswith("_cell") else _by_standin for name in _OURS})
 
 
-_forwards: dict[type[nn.Module], Callable[..., Any]] = {
-    base: _forward_of(base) for base in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-}
+class _Freezable(nn.Module):
+    """What all six add to torch's modules: a snapshot that `freeze` takes, and that ends where the weights change by rule."""
+
+    _frozen: _Frozen | None = None
+    _base: type[nn.Module]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self._frozen = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._frozen = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._frozen = None
+        super()._load_from_state_dict(*args)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_torch(copy.copy(self))
 
 
-class LSTM(nn.LSTM):
-    """torch.nn.LSTM on our kernels.
+class _Layer(_Freezable, nn.RNNBase):
+    """What LSTM, GRU and RNN share beyond torch: forward's keywords, and options that change nothing where they are not given."""
+
+    _extras: tuple[str, ...] = ()  # names of parameters that torch's layer has not
+    _is_own = False  # whether it computes what no torch layer does
+    learn_initial_state = False
+    forget_bias = 0.0
+
+    def forward(self, input: Any, hx: Any = None, *, reset: Any = None, cells: bool = False) -> Any:
+        """(y, state) as torch; with `cells` (LSTM) (y, state, c).
+
+        reset: bool (T, B), with batch_first (B, T), unbatched (T,), for packed input as of the padded: True starts a row afresh before that step,
+            from zeros or the learned initial state, as if the sequence began there (in both directions).
+        cells: also return c, every step's cell state of the last layer, laid out as y, D*H wide. No gradient flows through it.
+        """
+        if not self._is_own and self._frozen is None and reset is None and not cells:
+            return _forwards[self._base](self, input, hx)
+        if reset is not None:
+            reset = torch.as_tensor(reset)
+            if isinstance(input, PackedSequence):
+                reset = reset.transpose(0, 1) if self.batch_first else reset
+                reset = reset if input.sorted_indices is None else reset[:, input.sorted_indices]
+            elif reset.dim() == 1:
+                reset = reset[:, None]
+            elif self.batch_first:
+                reset = reset.transpose(0, 1)
+            reset = reset.numpy()
+        call = _Standin(self, hx, reset, cells)
+        out = _forwards_by_standin[self._base](call, input, hx)
+        if not cells:
+            return out
+        c = call.cells
+        if isinstance(input, PackedSequence):
+            c = PackedSequence(c, *input[1:])
+        elif input.dim() == 2:
+            c = c.squeeze(0 if self.batch_first else 1)
+        return (*out, c)
+
+    @property
+    def _cell_name(self) -> str:
+        return self.mode.lower()
+
+    def _extend(self, learn_initial_state: bool, forget_bias: float = 0.0, peephole: bool = False) -> None:
+        """Adds the parameters that torch's layer has not: weight_peep_l{k}[_reverse] (3, H), h_0 (L*D, 1, R), c_0 (L*D, 1, H)."""
+        if forget_bias and not self.bias:
+            raise ValueError(f"{type(self).__name__}: forget_bias needs bias=True")
+        self.learn_initial_state, self.forget_bias = bool(learn_initial_state), float(forget_bias)
+        ends = [name.removeprefix("weight_hh") for name in self._flat_weights_names if name.startswith("weight_hh")]
+        H, w = self.hidden_size, self._flat_weights[0]
+        assert w is not None
+        shapes: dict[str, tuple[int, ...]] = {"weight_peep" + end: (3, H) for end in ends} if peephole else {}
+        if learn_initial_state:
+            shapes |= {"h_0": (len(ends), 1, self.proj_size or H)} | ({"c_0": (len(ends), 1, H)} if self.mode == "LSTM" else {})
+        for name, shape in shapes.items():
+            start = w.new_empty(shape).uniform_(-(H**-0.5), H**-0.5) if name.startswith("weight") else w.new_zeros(shape)
+            self.register_parameter(name, nn.Parameter(start))
+        self._extras = tuple(shapes)
+        self._is_own = self._is_own or bool(shapes)
+        self._start()
+
+    def _start(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if name in ("h_0", "c_0") and parameter is not None:
+                    parameter.zero_()
+                if self.forget_bias and name.startswith("bias_ih") and parameter is not None:
+                    parameter[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._start()
+
+    def extra_repr(self) -> str:
+        options = {"peephole": False, "reset_after": True, "learn_initial_state": False, "forget_bias": 0.0}
+        given = {name: getattr(self, name, default) for name, default in options.items()}
+        return super().extra_repr() + "".join(f", {name}={value}" for name, value in given.items() if value != options[name])
+
+
+class LSTM(_Layer, nn.LSTM):
+    """torch.nn.LSTM on our kernels; what torch has not is by keyword, in the constructor and in `forward`.
+
+    peephole: diagonal weight_peep_l{k} (3, H), rows i f o: i and f see c_{t-1}, o sees c_t.
+    learn_initial_state: parameters h_0 (L*D, 1, R) and c_0 (L*D, 1, H) are the state of a call that is given none, and what a reset puts.
+    forget_bias: added to bias_ih's forget gate at the start.
 
     >>> y, (h, c) = LSTM(4, 8, batch_first=True)(torch.zeros(2, 5, 4))
     >>> y.shape, h.shape
     (torch.Size([2, 5, 8]), torch.Size([1, 2, 8]))
+    >>> starts = torch.tensor([[True, False, False, True, False]])  # episodes of 3 and 2 steps, in one call
+    >>> y, state = LSTM(4, 8, batch_first=True, peephole=True, forget_bias=1.0)(torch.zeros(1, 5, 4), reset=starts)
+    >>> torch.equal(y[:, 0], y[:, 3])
+    True
     """
 
+    _base = nn.LSTM
+    peephole = False
+
+    def __init__(
+        self, *args: Any, peephole: bool = False, learn_initial_state: bool = False, forget_bias: float = 0.0, **named: Any
+    ) -> None:  # as torch's, whose errors count arguments
+        super().__init__(*args, **named)
+        self.peephole = bool(peephole)
+        self._extend(learn_initial_state, forget_bias, peephole)
+
+    @property
+    def _cell_name(self) -> str:
+        return "lstm_peephole" if self.peephole else "lstm"
+
+
+class GRU(_Layer, nn.GRU):
+    """torch.nn.GRU on our kernels; `learn_initial_state` as of `LSTM`, and
+
+    reset_after: False computes n = tanh(W_n x + b_in + b_hn + U_n (r h')), as Cho et al. 2014 and ONNX's default.
+    """
+
+    _base = nn.GRU
+    reset_after = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, learn_initial_state: bool = False, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.reset_after = bool(reset_after)
+        self._is_own = not reset_after
+        self._extend(learn_initial_state)
+
+    @property
+    def _cell_name(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+
+class RNN(_Layer, nn.RNN):
+    """torch.nn.RNN on our kernels; `learn_initial_state` as of `LSTM`."""
+
+    _base = nn.RNN
+
+    def __init__(self, *args: Any, learn_initial_state: bool = False, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._extend(learn_initial_state)
+
+
+class _Step(_Freezable, nn.RNNCellBase):
+    """What the three cells share beyond torch."""
+
     def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.LSTM](self, input, hx)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
-
-
-class GRU(nn.GRU):
-    """torch.nn.GRU on our kernels."""
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.GRU](self, input, hx)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+        if self._frozen is None:
+            return _forwards[self._base](self, input, hx)
+        return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
 
 
-class RNN(nn.RNN):
-    """torch.nn.RNN on our kernels."""
-
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.RNN](self, input, hx)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
-
-
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(_Step, nn.LSTMCell):
     """torch.nn.LSTMCell on our kernels."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.LSTMCell](self, input, hx)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+    _base, _cell_name = nn.LSTMCell, "lstm"
 
 
-class GRUCell(nn.GRUCell):
+class GRUCell(_Step, nn.GRUCell):
     """torch.nn.GRUCell on our kernels."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.GRUCell](self, input, hx)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+    _base, _cell_name = nn.GRUCell, "gru"
 
 
-class RNNCell(nn.RNNCell):
+class RNNCell(_Step, nn.RNNCell):
     """torch.nn.RNNCell on our kernels."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return _forwards[nn.RNNCell](self, input, hx)
+    _base = nn.RNNCell
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_torch(self)
+    @property
+    def _cell_name(self) -> str:
+        return f"rnn_{self.nonlinearity}"
 
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
@@ -470,14 +759,43 @@ def convert(model: _Model) -> _Model:
 
 
 def to_torch(model: _Model) -> _Model:
-    """`convert` undone.
+    """`convert` undone, and `freeze`. Raises ValueError for a layer that computes what torch's cannot.
 
     >>> type(to_torch(nn.Sequential(GRU(3, 4)))[0]) is nn.GRU
     True
     """
     ours = {twin: base for base, twin in _TWINS.items()}
     for module in model.modules():
+        if isinstance(module, _Layer) and module._is_own:
+            raise ValueError(f"to_torch: torch has no {module}")
+    for module in unfreeze(model).modules():
         module.__class__ = ours.get(type(module), type(module))
+    return model
+
+
+def freeze(model: _Model) -> _Model:
+    """Takes a snapshot of every recurrent module's weights, in the kernels' order, for faster inference: in place, in eval mode, after `convert`.
+
+    Calls read the snapshot: what is written to the weights later is not seen until `freeze` is called again. `unfreeze`, `train()`, `load_state_dict`,
+    and moves to another dtype or device end it; copies, pickles and state_dicts have none of it. The weights are constants: a call that would need
+    the gradient of its input raises RuntimeError.
+
+    >>> layer = freeze(nn.LSTM(4, 8))
+    >>> with torch.no_grad():
+    ...     y, state = layer(torch.zeros(1, 1, 4))
+    """
+    for module in convert(model).eval().modules():
+        if isinstance(module, _Freezable):
+            module._frozen = None
+            module._frozen = _Frozen(module)
+    return model
+
+
+def unfreeze(model: _Model) -> _Model:
+    """`freeze` undone: calls read the weights again."""
+    for module in model.modules():
+        if isinstance(module, _Freezable):
+            module._frozen = None
     return model
 
 
@@ -644,6 +962,8 @@ def compilable(model: nn.Module) -> nn.Module:
 
     Layers below the top are replaced in place; use what is returned.
     """
+    if isinstance(model, _Layer) and model._is_own:
+        raise ValueError(f"compilable: torch has no {model}")
     if type(model) in _TWINS or type(model) in _TWINS.values():
         return Compilable(model)
     for name, child in model.named_children():

@@ -1,0 +1,316 @@
+"""What rnnfast.torch has and torch has not: snapshots for inference, peepholes, reset-before, resets, learned and per-step states."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import rnnfast.reference
+import rnnfast.torch as fast
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+SIX = {"LSTM": fast.LSTM, "GRU": fast.GRU, "RNN": fast.RNN, "LSTMCell": fast.LSTMCell, "GRUCell": fast.GRUCell, "RNNCell": fast.RNNCell}
+F64 = torch.float64
+
+
+def flat(out: Any) -> list[Tensor]:
+    """Every tensor of a module's results, in order."""
+    if isinstance(out, Tensor):
+        return [out]
+    return [out.data] if isinstance(out, PackedSequence) else [t for part in out for t in flat(part)]
+
+
+def sample(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(*((2, 3) if name.endswith("Cell") else (4, 2, 3)), dtype=dtype)
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-12) -> None:
+    for x, y in zip(flat(a), flat(b), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# ---- freeze ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_frozen_module_computes_the_same_bits_from_a_snapshot(name: str) -> None:
+    model, x = nn.Sequential(getattr(nn, name)(3, 5)), sample(name)
+    with torch.no_grad():
+        before = flat(fast.convert(model)(x))
+        assert fast.freeze(model) is model and not model.training
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(before, flat(model(x)), strict=True))
+        for p in model.parameters():
+            p.data += 1  # not seen
+        assert all(torch.equal(a, b) for a, b in zip(before, flat(model(x)), strict=True))
+        fast.unfreeze(model)
+        after = flat(model(x))
+        assert not torch.equal(before[0], after[0])
+        assert all(torch.equal(a, b) for a, b in zip(after, flat(fast.freeze(model)(x)), strict=True))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+@pytest.mark.parametrize("end", ["train", "load_state_dict", "double", "to_torch"])
+def test_a_snapshot_ends_where_the_weights_change_by_rule(name: str, end: str) -> None:
+    model, x = fast.freeze(nn.Sequential(getattr(nn, name)(3, 5))), sample(name)
+    model.eval()  # again: nothing ends
+    with torch.no_grad():
+        before = flat(model(x))[0]
+        for p in model.parameters():
+            p.data += 1
+        assert torch.equal(before, flat(model(x))[0])
+        actions: dict[str, Callable[[], Any]] = {
+            "train": model.train, "load_state_dict": lambda: model.load_state_dict(model.state_dict()), "double": model.double,
+            "to_torch": lambda: fast.to_torch(model),
+        }  # fmt: skip
+        actions[end]()
+        after = flat(model(x.double() if end == "double" else x))[0]
+    assert not torch.allclose(before.double(), after.double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "LSTMCell"])
+def test_copies_pickles_and_state_dicts_hold_nothing_of_a_snapshot(name: str) -> None:
+    model, x = SIX[name](3, 50).eval(), sample(name)
+    keys, size = list(model.state_dict()), len(pickle.dumps(model))
+    fast.freeze(model)
+    assert list(model.state_dict()) == keys and len(pickle.dumps(model)) < size + 100  # the attribute's name and None
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert twin._frozen is None and not twin.training
+            for p in twin.parameters():
+                p.mul_(2)
+            assert not torch.equal(flat(twin(x))[0], flat(model(x))[0])
+
+
+def test_a_frozen_layer_takes_what_a_layer_takes() -> None:
+    layer = fast.LSTM(3, 5, 2, bidirectional=True, proj_size=2, batch_first=True, dropout=0.5, dtype=F64).eval()
+    frozen = fast.freeze(copy.deepcopy(layer))
+    x = torch.randn(4, 6, 3, dtype=F64)
+    state = torch.randn(4, 4, 2, dtype=F64), torch.randn(4, 4, 5, dtype=F64)
+    packed = pack_padded_sequence(x, torch.tensor([3, 6, 1, 6]), batch_first=True, enforce_sorted=False)
+    with torch.no_grad():
+        for given in ((x,), (x, state), (x[0],), (x[0], tuple(s[:, 0] for s in state)), (packed,), (packed, state)):
+            assert all(torch.equal(a, b) for a, b in zip(flat(layer(*given)), flat(frozen(*given)), strict=True))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fast.freeze(nn.GRU(3, 5))(torch.zeros(4, 2, 3, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="Expected 3, got 4"):
+            frozen(torch.zeros(4, 6, 4, dtype=F64))
+    assert not frozen(x)[0].requires_grad  # the weights are constants
+    with pytest.raises(RuntimeError, match="LSTM is frozen: it has no gradient"):
+        frozen(x.requires_grad_())
+    with pytest.raises(ValueError, match="must be float32 or float64 on the CPU"):
+        fast.freeze(nn.GRU(3, 5, device="meta"))
+
+
+# ---- against the oracle ------------------------------------------------------------------------------------------------------------------
+
+OWN: dict[str, Callable[..., nn.Module]] = {
+    "peephole": lambda **o: fast.LSTM(3, 5, peephole=True, **o),
+    "peephole, projected": lambda **o: fast.LSTM(3, 5, proj_size=2, peephole=True, learn_initial_state=True, **o),
+    "reset before": lambda **o: fast.GRU(3, 5, reset_after=False, **o),
+    "reset before, learned": lambda **o: fast.GRU(3, 5, reset_after=False, learn_initial_state=True, **o),
+    "LSTM, learned": lambda **o: fast.LSTM(3, 5, learn_initial_state=True, **o),
+    "RNN, learned": lambda **o: fast.RNN(3, 5, nonlinearity="relu", learn_initial_state=True, **o),
+}
+
+
+def filled(module: nn.Module) -> Any:
+    """Learned states away from their zeros."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.uniform_(-0.7, 0.7)
+    return module
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_own_layers_equal_the_oracle_padded_packed_and_unbatched(kind: str, bidirectional: bool) -> None:
+    torch.manual_seed(0)
+    m = filled(OWN[kind](num_layers=2, bidirectional=bidirectional, dtype=F64))
+    x, lengths = torch.randn(6, 4, 3, dtype=F64), np.array([3, 6, 1, 6])
+    reset = np.zeros((6, 4), bool)
+    reset[[0, 2, 3], [1, 0, 3]] = True
+    params = {k: v.detach().numpy() for k, v in m.named_parameters()}
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional}
+
+    def oracle(**more: Any) -> list[Any]:
+        y, state, _ = rnnfast.reference.forward(m._cell_name, x.numpy(), None, params, **options, **more)
+        return [torch.from_numpy(a) for a in (y, *(state if isinstance(state, tuple) else (state,)))]
+
+    close(m(x), oracle())
+    close(m(x, reset=torch.from_numpy(reset)), oracle(reset=reset))
+    for more in ({}, {"reset": reset}):
+        y, state = m(pack_padded_sequence(x, torch.from_numpy(lengths), enforce_sorted=False), **more)
+        close([pad_packed_sequence(y)[0], state], oracle(lengths=lengths, **more))
+    close(m(x[:, 0]), [t.squeeze(1) for t in flat(m(x[:, :1]))])
+    expected = [oracle(reset=reset), oracle(reset=reset, lengths=lengths)]
+    m.batch_first, cut = True, torch.from_numpy(reset.T.copy())
+    y, state = m(x.transpose(0, 1), reset=cut)
+    close([y.transpose(0, 1), state], expected[0])
+    y, state = m(pack_padded_sequence(x.transpose(0, 1), torch.from_numpy(lengths), batch_first=True, enforce_sorted=False), reset=cut)
+    close([pad_packed_sequence(y)[0], state], expected[1])
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_own_layers_pass_gradcheck(kind: str) -> None:
+    torch.manual_seed(0)
+    m = filled(OWN[kind](bidirectional=True, batch_first=True, dtype=F64))
+    x = torch.randn(2, 3, 3, dtype=F64, requires_grad=True)
+    reset = torch.tensor([[False, True, False], [False, False, True]])
+    packed = torch.tensor([3, 2])
+
+    def padded(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(m(x, reset=reset)))
+
+    def ragged(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(m(pack_padded_sequence(x, packed, batch_first=True), reset=reset)))
+
+    for run in (padded, ragged):
+        assert torch.autograd.gradcheck(run, (x, *m.parameters()), nondet_tol=0.0)
+    m.zero_grad()
+    flat(m(x))[0].sum().backward()
+    assert all(p.grad is not None for p in m.parameters())
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(m(x)[0].sum(), x, create_graph=True)
+
+
+# ---- resets: the loop of RecurrentPPO in one call -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_resets_equal_a_loop_of_single_steps(name: str) -> None:
+    """As sb3-contrib processes a sequence: before each step the states of rows whose episode starts are multiplied by zero."""
+    torch.manual_seed(0)
+    m: Any = SIX[name](3, 5, 2, dtype=F64)
+    starts = torch.rand(7, 4) < 0.3
+    found = []
+    for whole in (True, False):
+        x = torch.linspace(-1, 1, 84, dtype=F64).reshape(7, 4, 3).requires_grad_()
+        states = [torch.linspace(-1, 1, 40, dtype=F64).reshape(2, 4, 5).clone().requires_grad_() for _ in range(2 if name == "LSTM" else 1)]
+        state = tuple(states) if name == "LSTM" else states[0]
+        if whole:
+            y, state = m(x, state, reset=starts)
+        else:
+            steps = []
+            for t in range(7):
+                keep = (~starts[t]).to(F64)[None, :, None]
+                y, state = m(x[t : t + 1], tuple(s * keep for s in state) if name == "LSTM" else state * keep)
+                steps.append(y)
+            y = torch.cat(steps)
+        m.zero_grad()
+        parts = flat((y, state))
+        sum((t * torch.arange(t.numel(), dtype=F64).reshape(t.shape).sin()).sum() for t in parts).backward()  # type: ignore[union-attr]
+        found.append([*parts, x.grad, *(s.grad for s in states), *(p.grad.clone() for p in m.parameters())])
+    close(*found)
+
+
+def test_a_reset_puts_the_learned_state() -> None:
+    m = filled(fast.GRU(3, 5, learn_initial_state=True, dtype=F64))
+    x = torch.randn(4, 2, 3, dtype=F64)
+    y, h = m(x, torch.randn(1, 2, 5, dtype=F64), reset=torch.tensor([[False, False]] * 2 + [[True, True]] + [[False, False]]))
+    close(m(x[2:]), (y[2:], h))
+
+
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropout_of_an_own_call_draws_torchs_masks(p: float) -> None:
+    m = fast.LSTM(3, 5, 3, dropout=p, bidirectional=True, batch_first=True, dtype=F64)
+    x = torch.randn(4, 6, 3, dtype=F64)
+    packed = pack_padded_sequence(x, torch.tensor([6, 4, 3, 3]), batch_first=True)
+    for given, named in ((x, {"reset": torch.zeros(4, 6, dtype=torch.bool)}), (packed, {"cells": True})):
+        torch.manual_seed(2)
+        theirs = fast.to_torch(copy.deepcopy(m))(given)
+        torch.manual_seed(2)
+        close(m(given, **named)[:2], theirs)
+
+
+# ---- cell states, start values, and around ------------------------------------------------------------------------------------------------
+
+
+def test_cell_states_are_those_of_every_step() -> None:
+    m = filled(fast.LSTM(3, 5, bidirectional=True, peephole=True, batch_first=True, dtype=F64))
+    x = torch.randn(2, 4, 3, dtype=F64)
+    y, (_, c_T), c = m(x, cells=True)
+    assert c.shape == (2, 4, 10) and y.requires_grad and not c.requires_grad
+    close([c[:, -1, :5], c[:, 0, 5:]], [c_T[0], c_T[1]])
+    for t in range(1, 4):
+        close(c[:, t - 1, :5], m(x[:, :t])[1][1][0])
+    close(m(x[0], cells=True)[2], c[0])
+    _, _, inside = m(pack_padded_sequence(x, torch.tensor([4, 4]), batch_first=True), cells=True)
+    close(pad_packed_sequence(inside, batch_first=True)[0], c)
+    with pytest.raises(ValueError, match="has no cell states"):
+        fast.GRU(3, 5)(torch.zeros(4, 2, 3), cells=True)
+
+
+def test_options_start_as_torch_does_and_change_nothing_unless_given() -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        torch.manual_seed(3)
+        theirs, after = getattr(nn, name)(3, 5, 2), torch.rand(1)
+        torch.manual_seed(3)
+        ours = SIX[name](3, 5, 2)
+        assert torch.equal(after, torch.rand(1)) and repr(ours) == repr(theirs)
+        close(list(ours.parameters()), list(theirs.parameters()), 0)
+    torch.manual_seed(3)
+    plain = nn.LSTM(3, 5)
+    torch.manual_seed(3)
+    m = fast.LSTM(3, 5, forget_bias=1.5, peephole=True, learn_initial_state=True, dtype=F64)
+    assert list(m.state_dict()) == [*plain.state_dict(), "weight_peep_l0", "h_0", "c_0"]
+    assert repr(m) == "LSTM(3, 5, peephole=True, learn_initial_state=True, forget_bias=1.5)"
+    for _ in range(2):
+        assert m.bias_ih_l0[5:10].min() >= 1.5 - 5**-0.5 and m.bias_ih_l0[:5].max() <= 5**-0.5 and m.bias_hh_l0.max() <= 5**-0.5
+        assert not m.h_0.any() and not m.c_0.any() and m.weight_peep_l0.any()
+        m.reset_parameters()
+    with pytest.raises(ValueError, match="forget_bias needs bias=True"):
+        fast.LSTM(3, 5, bias=False, forget_bias=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'peep'"):
+        fast.LSTM(3, 5, peep=True)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_own_layers_are_modules(kind: str) -> None:
+    m = filled(OWN[kind](num_layers=2))
+    x = torch.randn(4, 2, 3)
+    before = flat(m(x))
+    for twin in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert all(torch.equal(a, b) for a, b in zip(before, flat(twin(x)), strict=True))
+    other = OWN[kind](num_layers=2)
+    other.load_state_dict(m.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, flat(other(x)), strict=True))
+    new = {k: v.detach() * 0.5 for k, v in m.named_parameters()}
+    close(torch.func.functional_call(m, new, x), torch.func.functional_call(other, new, x), 0)
+    assert not torch.equal(torch.func.functional_call(m, new, x)[0], before[0])
+    with torch.no_grad():
+        frozen = fast.freeze(copy.deepcopy(m))
+        assert all(torch.equal(a, b) for a, b in zip(before, flat(frozen(x)), strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m(x)[0]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), before[0], rtol=2e-2, atol=2e-2)
+    close(m(x[:, :0]), [t[:, :0] for t in before])
+
+
+def test_what_own_layers_cannot_do_is_said() -> None:
+    m = fast.LSTM(3, 5, peephole=True)
+    with pytest.raises(ValueError, match=r"torch has no LSTM\(3, 5, peephole=True\)"):
+        fast.to_torch(nn.Sequential(m))
+    with pytest.raises(ValueError, match=r"compilable: torch has no LSTM\(3, 5, peephole=True\)"):
+        fast.compilable(nn.Sequential(m))
+    with pytest.raises(RuntimeError, match="plain tensors on the CPU"):
+        fast.LSTM(3, 5, peephole=True, device="meta")(torch.zeros(4, 2, 3, device="meta"))
+    with pytest.raises(RuntimeError, match="neither traced nor transformed"):
+        torch.func.vmap(lambda x: m(x)[0])(torch.zeros(6, 4, 2, 3))
+    with pytest.raises(RuntimeError, match="larger than 0"):
+        m(torch.zeros(0, 2, 3))
+    with pytest.raises(ValueError, match=r"reset must be bool of shape \(T, B\) = \(4, 2\)"):
+        m(torch.zeros(4, 2, 3), reset=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(1, 2, 5\)"):
+        m(torch.zeros(4, 2, 3), (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
+    y, _ = m(torch.randn(4, 2, 3))
+    with torch.no_grad():
+        m.weight_peep_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
