@@ -9,6 +9,7 @@ convolution never reads ahead, so that padding behind a row's end (zeros, not Na
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import DTypeLike
 
 from .dense import _count, _Map
 from .module import Array
+
+_TAPS = 1 << 17  # numbers of a convolution's taps at a time: they stay in the cache
 
 
 class CausalConv1d(_Map):
@@ -125,33 +128,63 @@ class Conv2d(_Map):
         if x.ndim < 3 or x.shape[-2] + 2 * p < kh or x.shape[-1] + 2 * p < kw:
             raise ValueError(f"{self._name}: x must have shape (..., I, h, w) of at least {(kh - 2 * p, kw - 2 * p)}, got {x.shape}")
         self._check("x", x, (*x.shape[:-3], self.in_channels, *x.shape[-2:]))
-        pictures = np.ascontiguousarray(x).reshape(-1, *x.shape[-3:])
-        if p:
-            pictures = np.pad(pictures, ((0, 0), (0, 0), (p, p), (p, p)))
-        windows = np.lib.stride_tricks.sliding_window_view(pictures, (kh, kw), axis=(2, 3))  # (N, I, h', w', kh, kw)
-        N, I, high, wide = windows.shape[:4]
-        taps = windows.transpose(0, 2, 3, 1, 4, 5).reshape(N * high * wide, I * kh * kw)
-        y = taps @ self._parameters["weight"].reshape(self.out_channels, -1).T
-        if "bias" in self._parameters:
-            y += self._parameters["bias"]
-        y = np.ascontiguousarray(y.reshape(N, high * wide, -1).swapaxes(1, 2))
-        return y.reshape(*x.shape[:-3], self.out_channels, high, wide), (taps if self.training else None, x.shape, (N, high, wide))
+        flat, high, wide = self._flat(x), x.shape[-2] + 2 * p - kh + 1, x.shape[-1] + 2 * p
+        N, O = flat.shape[1], self.out_channels
+        y: Array = np.empty((N, O, high, wide - kw + 1), x.dtype)
+        for part, taps in self._taps(flat, high * wide, wide):
+            rows = self._parameters["weight"].reshape(O, -1) @ taps
+            if "bias" in self._parameters:
+                rows += self._parameters["bias"][:, None]
+            y[part] = rows.reshape(O, -1, high, wide)[..., : wide - kw + 1].swapaxes(0, 1)
+        return y.reshape(*x.shape[:-3], *y.shape[1:]), (flat if self.training else None, x.shape)
+
+    def _flat(self, x: Array) -> Array:
+        """Pictures with their border, row after row: (I, N, (h + 2p) (w + 2p) + kw - 1)."""
+        *_, I, h, w = x.shape
+        p, N = self.padding, math.prod(x.shape[:-3])
+        whole = (h + 2 * p) * (w + 2 * p)
+        flat = np.zeros((I, N, whole + self.kernel_size[1] - 1), x.dtype)
+        flat[..., :whole].reshape(I, N, h + 2 * p, -1)[:, :, p : p + h, p : p + w] = x.reshape(N, I, h, w).swapaxes(0, 1)
+        return flat
+
+    def _lags(self, wide: int) -> list[int]:
+        """Where in a picture of rows of `wide` numbers, one behind the other, each tap's picture begins."""
+        return [i * wide + j for i in range(self.kernel_size[0]) for j in range(self.kernel_size[1])]
+
+    def _taps(self, flat: Array, size: int, wide: int) -> Iterator[tuple[slice, Array]]:
+        """Some pictures after the other, so that they stay in the cache: (which, (I kh kw, n size)), `size` numbers each from every lag on."""
+        I, N, _ = flat.shape
+        lags = self._lags(wide)
+        most = max(1, _TAPS // max(I * len(lags) * size, 1))
+        space = np.empty((I, len(lags), min(most, N), size), flat.dtype)
+        for start in range(0, N, most):
+            part = slice(start, min(start + most, N))
+            taps = space if part.stop - start == space.shape[2] else np.empty((I, len(lags), part.stop - start, size), flat.dtype)
+            for k, lag in enumerate(lags):
+                taps[:, k] = flat[:, part, lag : lag + size]
+            yield part, taps.reshape(I * len(lags), -1)
 
     def _backward(self, tape: Any, dy: Array) -> Array:
-        taps, shape, (N, high, wide) = tape
+        flat, shape = tape
         O, I, (kh, kw), p = self.out_channels, self.in_channels, self.kernel_size, self.padding
-        self._check("dy", dy, (*shape[:-3], O, high, wide))
+        h, w = shape[-2:]
+        high, wide = h + 2 * p - kh + 1, w + 2 * p
+        self._check("dy", dy, (*shape[:-3], O, high, wide - kw + 1))
         _ = self.flat_gradient
-        rows = dy.reshape(N, O, high * wide).swapaxes(1, 2).reshape(-1, O)
-        self._gradients["weight"] += (rows.T @ taps).reshape(O, I, kh, kw)
-        if "bias" in self._gradients:
-            self._gradients["bias"] += rows.sum(axis=0)
-        dtaps = (rows @ self._parameters["weight"].reshape(O, -1)).reshape(N, high, wide, I, kh, kw)
-        padded: Array = np.zeros((N, I, shape[-2] + 2 * p, shape[-1] + 2 * p), dy.dtype)
-        for i in range(kh):
-            for j in range(kw):
-                padded[:, :, i : i + high, j : j + wide] += dtaps[..., i, j].transpose(0, 3, 1, 2)
-        dx: Array = padded[:, :, p : p + shape[-2], p : p + shape[-1]].reshape(shape)
+        weight, dweight = (of["weight"].reshape(O, -1) for of in (self._parameters, self._gradients))
+        d, dflat = dy.reshape(-1, O, high, wide - kw + 1).swapaxes(0, 1), np.zeros_like(flat)
+        for part, taps in self._taps(flat, high * wide, wide):
+            rows = np.zeros((O, part.stop - part.start, high, wide), dy.dtype)  # 0 where a row's end reads the next row's beginning
+            rows[..., : wide - kw + 1] = d[:, part]
+            rows = rows.reshape(O, -1)
+            dweight += rows @ taps.T
+            if "bias" in self._gradients:
+                self._gradients["bias"] += rows.sum(axis=1)
+            dtaps = np.matmul(weight.T, rows, out=taps).reshape(I, kh * kw, -1, high * wide)
+            for k, lag in enumerate(self._lags(wide)):
+                dflat[:, part, lag : lag + high * wide] += dtaps[:, k]
+        whole = dflat[..., : (h + 2 * p) * wide].reshape(I, -1, h + 2 * p, wide)
+        dx: Array = np.ascontiguousarray(whole[:, :, p : p + h, p : p + w].swapaxes(0, 1)).reshape(shape)
         return dx
 
 
@@ -177,20 +210,29 @@ class MaxPool2d(_Map):
         if x.ndim < 2 or x.shape[-2] < kh or x.shape[-1] < kw:
             raise ValueError(f"{self._name}: x must have shape (..., h, w) of at least {self.kernel_size}, got {x.shape}")
         high, wide = x.shape[-2] // kh, x.shape[-1] // kw
-        blocks = x[..., : high * kh, : wide * kw].reshape(-1, high, kh, wide, kw).swapaxes(2, 3).reshape(-1, kh * kw)
-        best = blocks.argmax(axis=1)
-        return blocks[np.arange(len(best)), best].reshape(*x.shape[:-2], high, wide), (best if self.training else None, x.shape)
+        first, *others = self._parts(x, high, wide)
+        y: Array = first.copy()
+        for part in others:
+            np.maximum(y, part, out=y)
+        return y, ((x, y) if self.training else None)
+
+    def _parts(self, x: Array, high: int, wide: int) -> list[Array]:
+        """The numbers at each place of the blocks: kh·kw views (..., high, wide)."""
+        kh, kw = self.kernel_size
+        return [x[..., i : high * kh : kh, j : wide * kw : kw] for i in range(kh) for j in range(kw)]
 
     def _backward(self, tape: Any, dy: Array) -> Array:
-        best, shape = tape
-        kh, kw = self.kernel_size
-        high, wide = shape[-2] // kh, shape[-1] // kw
-        if dy.shape != (*shape[:-2], high, wide):
-            raise ValueError(f"{self._name}: dy must have shape {(*shape[:-2], high, wide)}, got {dy.shape}")
-        blocks = np.zeros((len(best), kh * kw), dy.dtype)
-        blocks[np.arange(len(best)), best] = dy.reshape(-1)
-        dx = np.zeros(shape, dy.dtype)
-        dx[..., : high * kh, : wide * kw] = blocks.reshape(-1, high, wide, kh, kw).swapaxes(2, 3).reshape(*shape[:-2], high * kh, wide * kw)
+        x, y = tape
+        if dy.shape != y.shape:
+            raise ValueError(f"{self._name}: dy must have shape {y.shape}, got {dy.shape}")
+        high, wide = y.shape[-2:]
+        dx: Array = np.zeros(x.shape, dy.dtype)
+        free = np.ones(y.shape, bool)  # blocks whose largest has not been met
+        for part, dpart in zip(self._parts(x, high, wide), self._parts(dx, high, wide), strict=True):
+            here = part == y
+            here &= free
+            np.multiply(dy, here, out=dpart)
+            free ^= here
         return dx
 
 
