@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a language model on text, byte by byte; without arguments on the Python standard library's "
         "own source, in about 5 minutes on 2 cores. Prints bits per byte and samples, and writes checkpoints, "
         "history.csv and (with matplotlib) loss.png. Ctrl-C leaves a checkpoint; --resume goes on from it, bit for "
-        "bit as if never stopped.",
+        "bit as if never stopped. Many processes, and machines, share each batch under torchrun: "
+        "`torchrun --nproc-per-node 2 -m rnnfast.cli lm train`.",
     )
     train.set_defaults(run=_train)
     add = train.add_argument
@@ -186,15 +188,22 @@ def _train(args: argparse.Namespace) -> int:
     if args.threads:
         rnnfast.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    train(
-        args.out,
-        given,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        stop_after=args.stop_after,
-        checkpoint_every=args.checkpoint_every,
-        sample_every=args.sample_every,
-    )
+    with contextlib.ExitStack() as stack:
+        replicas = None
+        if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun has started us
+            from .torch import Replicas
+
+            replicas = stack.enter_context(Replicas())
+        train(
+            args.out,
+            given,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            stop_after=args.stop_after,
+            checkpoint_every=args.checkpoint_every,
+            sample_every=args.sample_every,
+            replicas=replicas,
+        )
     return 0
 
 

@@ -17,13 +17,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from .data import HELD_OUT, Alphabet, Corpus, InputError, Stream, load_corpus
+from .data import HELD_OUT, Alphabet, Batch, Corpus, InputError, Stream, load_corpus
 from .dense import Embedding, Linear
 from .graph import Graph
 from .losses import softmax_cross_entropy
 from .module import Array
 from .optim import Adam, linear
-from .training import CheckpointError, Run, fit, load_checkpoint
+from .training import CheckpointError, Replicas, Run, fit, load_checkpoint
 
 CELLS = ("lstm", "gru", "rnn")
 _GLIMPSE = 20_000  # held-out bytes for the rows of the history; the end of a run is judged on HELD_OUT
@@ -271,6 +271,19 @@ class _Reporter:
             self.bar.close()
 
 
+class _Share:
+    """One process's rows of every batch of a stream."""
+
+    def __init__(self, stream: Stream, rank: int, size: int) -> None:
+        width = stream.batch_size // size
+        self.stream, self.rows = stream, slice(rank * width, rank * width + width)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        for batch in self.stream.batches(start):
+            reset = None if batch.reset is None else batch.reset[:, self.rows]
+            yield Batch(batch.x[:, self.rows], batch.target[:, self.rows], None, reset)
+
+
 def train(
     out: str | os.PathLike[str],
     given: Mapping[str, Any] | None = None,
@@ -281,11 +294,13 @@ def train(
     checkpoint_every: int = 500,
     sample_every: int = 500,
     log: TextIO | None = None,
+    replicas: Replicas | None = None,
 ) -> Run:
     """Trains a language model into a folder: checkpoints, history.csv and, where matplotlib is there, loss.png.
 
-    given    values of Config by name, None or missing for the default (with resume: for the stored one)
-    resume   continue the run in `out`, bit for bit as if never stopped
+    given     values of Config by name, None or missing for the default (with resume: for the stored one)
+    resume    continue the run in `out`, bit for bit as if never stopped
+    replicas  processes that share the batch, as `fit` has them: the first one writes and talks; all must see the text, and to resume `out`
 
     After Ctrl-C it saves a checkpoint and raises KeyboardInterrupt. Raises InputError for what cannot be used,
     OSError for a folder that cannot be written, FloatingPointError for a run that diverges; nothing is lost then.
@@ -298,6 +313,7 @@ def train(
     >>> run.step
     3
     """
+    leads = replicas is None or replicas.rank == 0
     folder, log, given = Path(out), log or sys.stdout, dict(given or {})
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
@@ -306,9 +322,11 @@ def train(
         config = _merge(given, _stored(folder, load_checkpoint(folder)[2]), folder)
     else:
         config = Config(**{name: value for name, value in given.items() if value is not None})
-        if used and not overwrite:
+        if used and not overwrite and leads:
             raise InputError(f"{folder} already holds a run ({used[0]}): give --resume, --overwrite or another --out")
     config.check()
+    if replicas is not None and config.batch_size % replicas.size:
+        raise InputError(f"batch_size must be a multiple of the {replicas.size} processes, got {config.batch_size}")
     corpus = load_corpus(config.text)
     alphabet = Alphabet.of(corpus.train)
     if resume and corpus.digest != config.digest:
@@ -323,10 +341,11 @@ def train(
     first = load_checkpoint(folder)[2]["run"]["step"] if resume else 0
 
     def say(message: str) -> None:
-        print(message, file=log, flush=True)
+        if leads:
+            print(message, file=log, flush=True)
 
     say(_headline(config, corpus, model))
-    reporter = _Reporter(model, first, sample_every, log)
+    reporter = _Reporter(model, first, sample_every, log) if leads else None
     rows = config.every or max(1, min(250, config.steps // 15))
     glimpse = corpus.valid[:_GLIMPSE]
     run: Run | None = None
@@ -338,7 +357,7 @@ def train(
     try:
         run = fit(
             model.graph,
-            stream,
+            stream if replicas is None else _Share(stream, replicas.rank, replicas.size),
             _bits,
             Adam(model.graph, linear(config.learning_rate, config.steps)),
             steps=config.steps,
@@ -346,7 +365,7 @@ def train(
             every=rows,
             clip=config.clip,
             stateful=True,
-            callbacks=[remember, reporter],
+            callbacks=[remember] if reporter is None else [remember, reporter],
             history=folder / "history.csv",
             checkpoint=folder,
             checkpoint_every=checkpoint_every,
@@ -354,11 +373,15 @@ def train(
             resume=resume,
             stop_after=stop_after,
             progress=False,
+            replicas=replicas,
         )
     finally:
-        reporter.close()
-        if run is not None and run.rows:
+        if reporter is not None:
+            reporter.close()
+        if run is not None and run.rows and leads:
             _draw(run, folder, say)
+    if not leads:
+        return run
     if run.step >= config.steps:
         held_out = corpus.valid[:HELD_OUT]
         bits, clock = model.bits(held_out), _clock(run.seconds)

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import rnn as torch_rnn
@@ -29,8 +31,8 @@ from . import _core, functional
 from .functional import CELLS
 
 __all__ = [
-    "GRU", "LSTM", "RNN", "Compilable", "GRUCell", "LSTMCell", "RNNCell", "compilable", "convert", "freeze", "install", "installed", "to_torch",
-    "unfreeze", "uninstall",
+    "GRU", "LSTM", "RNN", "Compilable", "GRUCell", "LSTMCell", "RNNCell", "Replicas", "compilable", "convert", "freeze", "install", "installed",
+    "to_torch", "unfreeze", "uninstall",
 ]  # fmt: skip
 
 _Result = tuple[Tensor, ...] | None
@@ -969,3 +971,43 @@ def compilable(model: nn.Module) -> nn.Module:
     for name, child in model.named_children():
         setattr(model, name, compilable(child))
     return model
+
+
+# ---- rnnfast's own models in many processes ----------------------------------------------------------------------------------------------
+
+
+class Replicas:
+    """The processes of torch.distributed, as `rnnfast.training.fit(replicas=...)` wants them; made in each process that torchrun starts.
+
+    A context manager: on leaving, the process group that it made is gone.
+
+    >>> with Replicas(f"file://{__import__('tempfile').mkdtemp()}/group", rank=0, size=1) as replicas:
+    ...     sums = np.ones(3)
+    ...     replicas.total(sums)
+    >>> sums.tolist()
+    [1.0, 1.0, 1.0]
+    """
+
+    def __init__(self, address: str = "env://", rank: int = -1, size: int = -1) -> None:
+        self._began = not dist.is_initialized()
+        if self._began:
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def total(self, array: NDArray[Any]) -> None:
+        """Puts the sum over all processes in the array's place."""
+        dist.all_reduce(torch.from_numpy(array))
+
+    def joined(self, array: NDArray[Any]) -> NDArray[Any]:
+        """All processes' arrays side by side along axis 1, in order of rank; the same in each."""
+        own = torch.from_numpy(np.ascontiguousarray(array))
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return np.concatenate([part.numpy() for part in parts], axis=1)
+
+    def __enter__(self) -> Replicas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._began:
+            dist.destroy_process_group()

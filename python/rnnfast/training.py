@@ -1,6 +1,7 @@
 """The training loop, its history, and checkpoints that survive whatever stops it.
 
-run         one training, from its first step to its last, in one process or many
+run         one training, from its first step to its last, in one process after another or in many at once
+replicas    processes that train one model together, each on its own rows of every batch
 row         what is noted now and then: step, epoch, loss, validation, learning rate, gradient norm, speed, seconds
 checkpoint  DIR/last: model.safetensors (weights under torch's key names), training.safetensors (the optimizer's
             moments, the carried state), config.json (counters, random streams, checksums, the user's config);
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -76,6 +77,19 @@ class Run:
     best_weights: dict[str, Array] | None = None
     _sum: float = 0.0  # of losses since the last row
     _count: int = 0
+
+
+class Replicas(Protocol):
+    """What `fit` asks of processes that train one model together; `rnnfast.torch.Replicas` is it over torch.distributed."""
+
+    rank: int
+    size: int
+
+    def total(self, array: Array) -> None:
+        """Puts the sum over all processes in the array's place."""
+
+    def joined(self, array: Array) -> Array:
+        """All processes' arrays side by side along axis 1, in order of rank; the same in each."""
 
 
 # ---- checkpoints
@@ -199,11 +213,24 @@ def _unpack(plan: Any, arrays: Mapping[str, Array]) -> Any:
     return None if plan is None else arrays[plan]
 
 
-def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+def _each(change: Callable[[Array], Array], state: Any) -> Any:
+    """A state of any structure with every array changed."""
+    if isinstance(state, Mapping):
+        return {key: _each(change, part) for key, part in state.items()}
+    if isinstance(state, tuple):
+        return tuple(_each(change, part) for part in state)
+    return None if state is None else change(np.asarray(state))
+
+
+def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any], replicas: Replicas | None) -> None:
+    """The checkpoint is of the whole batch, as one process would have written it."""
+    state = run.state if replicas is None else _each(replicas.joined, run.state)
+    if replicas is not None and replicas.rank > 0:
+        return
     arrays = {f"optimizer.{name}": array for name, array in run.optimizer.state_dict().items()}
     arrays.update({f"best.{name}": array for name, array in (run.best_weights or {}).items()})
     counters = {name: getattr(run, name) for name in ("step", "epoch", "batch", "seconds", "stale")}
-    counters |= {"sum": run._sum, "count": run._count, "state": _pack(run.state, arrays, "state")}
+    counters |= {"sum": run._sum, "count": run._count, "state": _pack(state, arrays, "state")}
     counters["best"] = run.best if math.isfinite(run.best) else None  # JSON has no infinity and no NaN
     counters["rows"] = [{name: v if math.isfinite(v) else None for name, v in row.items()} for row in run.rows]
     generators = [leaf.generator.bit_generator.state for leaf in run.model.leaves() if leaf.generator is not None]
@@ -211,7 +238,7 @@ def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any]) -
     save_checkpoint(folder, run.model.state_dict(), arrays, content)
 
 
-def _restore(run: Run, folder: str | os.PathLike[str]) -> None:
+def _restore(run: Run, folder: str | os.PathLike[str], replicas: Replicas | None) -> None:
     weights, arrays, config = load_checkpoint(folder)
     try:
         run.model.load_state_dict(weights)
@@ -220,6 +247,9 @@ def _restore(run: Run, folder: str | os.PathLike[str]) -> None:
         counters = dict(config["run"])
         run._sum, run._count = counters.pop("sum"), counters.pop("count")
         run.state = _unpack(counters.pop("state"), arrays)
+        if replicas is not None:
+            rank, size = replicas.rank, replicas.size
+            run.state = _each(lambda part: np.ascontiguousarray(np.split(part, size, axis=1)[rank]), run.state)
         best, rows = counters.pop("best"), counters.pop("rows")
         run.best = math.inf if best is None else best
         run.rows = [{name: math.nan if v is None else v for name, v in row.items()} for row in rows]
@@ -233,6 +263,22 @@ def _restore(run: Run, folder: str | os.PathLike[str]) -> None:
             leaf.generator.bit_generator.state = state
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {folder} is of another model: {error}") from error
+
+
+def _average(replicas: Replicas, model: Module) -> None:
+    """Gradients of the mean over the whole batch, from those of the means over equal parts."""
+    for leaf in model.leaves():
+        if leaf.flat.size:
+            replicas.total(leaf.flat_gradient)
+            leaf.flat_gradient[...] /= replicas.size
+
+
+def _apart(replicas: Replicas, model: Module) -> None:
+    """Random streams of every process's own, from those of the first: a jump commutes with whatever was drawn."""
+    for leaf in model.leaves():
+        if leaf.generator is not None and replicas.rank > 0:
+            generator: Any = leaf.generator.bit_generator
+            generator.state = generator.jumped(replicas.rank).state
 
 
 # ---- the loop
@@ -319,6 +365,7 @@ def fit(
     resume: bool = False,
     stop_after: int | None = None,
     progress: bool = True,
+    replicas: Replicas | None = None,
 ) -> Run:
     """Trains a model: forward, loss, backward, clip, update, for `epochs` epochs or `steps` steps.
 
@@ -337,6 +384,8 @@ def fit(
     resume      continue from the checkpoint bit for bit as if never stopped; everything else must be given as before
     stop_after  stop, with a checkpoint, once this call has done so many steps
     progress    a tqdm bar
+    replicas    many processes: each is given its own rows of every batch, all as many, and the same of all else. Gradients and losses are
+                averaged, so that the weights stay alike; the first process validates, writes and shows the bar
 
     Returns the Run. Raises ValueError for arguments that contradict each other, FloatingPointError for a loss or
     gradient that is not finite (before it touches the weights), CheckpointError for one that cannot be resumed.
@@ -362,12 +411,18 @@ def fit(
         raise ValueError("fit: resume needs a checkpoint")
     if id(optimizer.model) != id(model):
         raise ValueError("fit: the optimizer belongs to another model")
+    if replicas is not None and any(leaf.rows() is not None for leaf in model.leaves()):
+        raise ValueError("fit: replicas share no sparse gradients: every process meets other rows; take sparse=False")
 
     run = Run(model, optimizer)
     if resume and checkpoint is not None:
-        _restore(run, checkpoint)
+        _restore(run, checkpoint, replicas)
     elif checkpoint is not None:
-        _save(run, checkpoint, config or {})  # an unwritable folder is told now, not after the first hour
+        _save(run, checkpoint, config or {}, replicas)  # an unwritable folder is told now, not after the first hour
+    if replicas is not None:
+        _apart(replicas, model)
+        if replicas.rank > 0:
+            history, progress = None, False
     if history is not None:
         _write_rows(history, run.rows)
     run.stop = patience is not None and run.stale >= patience
@@ -384,11 +439,12 @@ def fit(
     def over() -> bool:
         return run.stop or run.step >= last_step or (epochs is not None and run.epoch >= epochs)
 
-    mark, seen = run.seconds, 0  # since the last row of this call
+    mark, seen, processes = run.seconds, 0, 1 if replicas is None else replicas.size  # seen: since the last row of this call
+    stopping = False  # agreed on by all processes
     quiet = np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what is not finite is told by its own error
     with _interrupt_later(checkpoint is not None) as interrupted, quiet:
         try:
-            while not over() and run.step < stop_at and not interrupted:
+            while not over() and run.step < stop_at and not stopping:
                 before = run.step
                 batches = _batches(data, run.epoch, run.batch)
                 item = next(batches, None)
@@ -398,9 +454,16 @@ def fit(
                     optimizer.zero_gradients()
                     y, state = _call(model, batch, run.state)
                     run.loss, dy = loss(y, batch.target)
+                    stopping = bool(interrupted)
+                    if replicas is not None:
+                        sums = np.array([run.loss, stopping], np.float64)
+                        replicas.total(sums)
+                        run.loss, stopping = float(sums[0] / processes), bool(sums[1])
                     if not math.isfinite(run.loss):
                         raise FloatingPointError(f"the loss is {run.loss} at step {run.step}: try a smaller learning rate")
                     model.backward(dy)
+                    if replicas is not None:
+                        _average(replicas, model)
                     if clip is not None:
                         run.gradient_norm = clip_global_norm(model, clip)
                         if not math.isfinite(run.gradient_norm):
@@ -410,7 +473,7 @@ def fit(
                     run.state = state if stateful else None
                     run.step, run.batch = run.step + 1, run.batch + 1
                     run._sum, run._count = run._sum + run.loss, run._count + 1
-                    seen += math.prod(np.shape(batch.x)[:2])  # T·B
+                    seen += math.prod(np.shape(batch.x)[:2]) * processes  # T·B
                     item = next(batches, None) if run.step < last_step else None
                     if item is None and (steps is None or run.step < last_step):  # the epoch is over
                         run.epoch, run.batch, run.state = run.epoch + 1, 0, None
@@ -419,22 +482,23 @@ def fit(
                     ended = run.batch == 0 or run.step >= last_step
                     if (run.step % every == 0 or run.step >= last_step) if every else ended:
                         rate = seen / max(run.seconds - mark, 1e-9)
-                        _add_row(run, validation, rate, stateful, loss, history, patience is not None)
+                        _add_row(run, validation, rate, stateful, loss, history, patience is not None, replicas)
                         mark, seen = run.seconds, 0
                         if patience is not None and run.stale >= patience:
                             run.stop = True
                         if checkpoint is not None and checkpoint_every is None:
-                            _save(run, checkpoint, config or {})
+                            _save(run, checkpoint, config or {}, replicas)
                             saved = run.step
                     for callback in callbacks:
                         callback(run)
                     if checkpoint is not None and checkpoint_every and run.step % checkpoint_every == 0:
-                        _save(run, checkpoint, config or {})
+                        _save(run, checkpoint, config or {}, replicas)
                         saved = run.step
                     if bar is not None:
                         bar.update(1)
                         bar.set_postfix_str(f"loss {run.loss:.4g}", refresh=False)
-                    if over() or run.step >= stop_at or interrupted:
+                    stopping = stopping or (replicas is None and bool(interrupted))
+                    if over() or run.step >= stop_at or stopping:
                         break
                 if run.step == before:
                     raise ValueError("fit: data gave no batch")
@@ -445,17 +509,26 @@ def fit(
             model.load_state_dict(run.best_weights)
             saved = -1
         if checkpoint is not None and saved != run.step:
-            _save(run, checkpoint, config or {})
-    if interrupted:
+            _save(run, checkpoint, config or {}, replicas)
+        if replicas is not None:
+            replicas.total(np.zeros(1))  # nobody goes on before the checkpoint is whole
+    if stopping:
         raise KeyboardInterrupt
     return run
 
 
-def _add_row(run: Run, validation: Any, rate: float, stateful: bool, loss: Loss, history: Any, keep_best: bool) -> None:
+def _add_row(
+    run: Run, validation: Any, rate: float, stateful: bool, loss: Loss, history: Any, keep_best: bool, replicas: Replicas | None
+) -> None:  # fmt: skip
     value = math.nan
     if validation is not None:
-        of_batches = not callable(validation)
-        value = float(evaluate(run.model, validation, loss, stateful=stateful) if of_batches else validation())
+        if replicas is None or replicas.rank == 0:
+            of_batches = not callable(validation)
+            value = float(evaluate(run.model, validation, loss, stateful=stateful) if of_batches else validation())
+        if replicas is not None:
+            told = np.array([value if replicas.rank == 0 else 0.0])
+            replicas.total(told)
+            value = float(told[0])
         run.stale = 0 if value < run.best else run.stale + 1
         if value < run.best:
             run.best, run.best_weights = value, run.model.state_dict() if keep_best else None
