@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-SETTLE = 0.012  # seconds: other libraries' pools spin for milliseconds after a call
+SETTLE = 0.012  # seconds of quiet before a block: other libraries' pools spin after a call, onnxruntime's for 40 ms
+PATIENCE = 0.5  # seconds after which a pool that still spins is taken for its library's way of waiting
 INPUTS = 4  # rotated
 LONG = 0.4  # seconds: a call that takes longer counts from the first, and needs no second trial
 
@@ -79,10 +80,20 @@ def agree(ours: Side, peer: Side, tolerance: float) -> float:
     return worst
 
 
+def settle() -> None:
+    """Waits until this process is quiet, so that no pool that still spins takes a core from the next side."""
+    until = time.perf_counter() + PATIENCE
+    quiet = False
+    while not quiet and time.perf_counter() < until:
+        before = time.process_time()
+        time.sleep(SETTLE)
+        quiet = time.process_time() - before < SETTLE / 20
+
+
 def block(side: Side, seconds: float, first: int) -> tuple[float, int]:
     """Median seconds a call over at least one call and about `seconds`; and the number of the next call."""
     side.enter()
-    time.sleep(SETTLE)
+    settle()
     k = first
 
     def timed(k: int) -> float:

@@ -98,6 +98,11 @@ CellKind kind_of(const std::string& cell) {
   }
   fail("cell must be one of " + known + "; got '" + cell + "'");
 }
+Compute compute_of(const std::string& name, Dtype dtype, const std::string& who) {
+  if (name == (dtype == FLOAT32 ? "float32" : "float64")) return OWN;
+  if (name == "bfloat16" && dtype == FLOAT32) return BFLOAT16;
+  fail(who + "compute_dtype must be the parameters' own dtype, or bfloat16 where that is float32; got '" + name + "'");
+}
 std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
 
 // ---- arrays ----------------------------------------------------------------------------------------------------------------------------
@@ -235,21 +240,22 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
 class Packs {
  public:
   using Held = std::shared_ptr<Buffer>;
-  Held find(int units) {
+  Held find(int units, Compute compute) {
     const std::lock_guard<std::mutex> hold(lock_);
     for (const Entry& e : entries_)
-      if (e.table == &kernels() && e.units == units) return e.held;
+      if (e.table == &kernels() && e.units == units && e.compute == compute) return e.held;
     return nullptr;
   }
-  void keep(int units, Held held) {
+  void keep(int units, Compute compute, Held held) {
     const std::lock_guard<std::mutex> hold(lock_);
-    entries_.push_back({&kernels(), units, std::move(held)});
+    entries_.push_back({&kernels(), units, compute, std::move(held)});
   }
 
  private:
   struct Entry {
     const Kernels* table;
     int units;
+    Compute compute;
     Held held;
   };
   std::mutex lock_;
@@ -280,13 +286,14 @@ struct Call {
     c.scratch = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
     if (c.backward) return;
     const int units = count / c.row_groups;
-    if (c.snapshot) c.held = c.snapshot->find(units);
+    c.job.kept = c.snapshot != nullptr;
+    if (c.snapshot) c.held = c.snapshot->find(units, c.job.compute);
     if (c.held) {
       c.job.packed = true;
     } else if (c.snapshot) {
-      c.held = std::make_shared<Buffer>(kernels().packs_size(c.kind, c.dtype, c.job, units));
+      c.held = std::make_shared<Buffer>(kernels().packs_size(c.kind, c.dtype, c.job, count, c.row_groups));
     } else {
-      c.packs = Pool::get().take(kernels().packs_size(c.kind, c.dtype, c.job, units));
+      c.packs = Pool::get().take(kernels().packs_size(c.kind, c.dtype, c.job, count, c.row_groups));
     }
   }
   static void task(void* data, int id, int count, void (*wait)(void*), void* waiter) {
@@ -297,7 +304,7 @@ struct Call {
     else
       kernels().forward(c.kind, c.dtype, c.job, worker);
     if (id == 0 && c.snapshot && !c.job.packed)
-      c.snapshot->keep(count / c.row_groups, c.held);  // its packs are whole: forward joined after packing
+      c.snapshot->keep(count / c.row_groups, c.job.compute, c.held);  // its packs are whole: forward joined after packing
   }
 };
 
@@ -367,13 +374,14 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
   return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], check.who), j));
 }
 
-void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed,
-             const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T, const Events& reset,
-             const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot) {
+void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
+             int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
+             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
   const Dtype dtype = dtype_of(*weights[0], check.who);
+  j.compute = compute_of(compute, dtype, check.who);
   take_layout(j, layout, reversed);
   const int64_t S = j.R * taps;
   j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
@@ -395,14 +403,15 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   call.run();
 }
 
-void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, int64_t taps, bool reversed,
-              const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset, const Array& fresh_h,
-              const Array& fresh_c, Array& tape, const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx, Array dh_0,
-              Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
+void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
+              int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
+              const Array& fresh_h, const Array& fresh_c, Array& tape, const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx,
+              Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
   const Dtype dtype = dtype_of(*weights[0], check.who);
+  j.compute = compute_of(compute, dtype, check.who);
   take_layout(j, layout, reversed);
   const int64_t S = j.R * taps, G = gates(kind);
   j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
@@ -445,9 +454,11 @@ void backward(const std::string& cell, const Layout& layout, const Weights& weig
 class Stream {
  public:
   // One list of weights a layer; fresh_h (L, 1, S) and fresh_c (L, 1, H) are what reset() puts; zeros where None.
-  Stream(std::string cell, std::vector<Weights> weights, int64_t batch, int64_t taps, bool skip, Array fresh_h, Array fresh_c)
+  Stream(std::string cell, std::vector<Weights> weights, std::string compute, int64_t batch, int64_t taps, bool skip, Array fresh_h,
+         Array fresh_c)
       : cell_(std::move(cell)),
         kind_(kind_of(cell_)),
+        compute_(std::move(compute)),
         weights_(std::move(weights)),
         taps_(taps),
         skip_(skip),
@@ -516,7 +527,7 @@ class Stream {
       }
   }
   std::unique_ptr<Stream> copy() const {
-    auto twin = std::make_unique<Stream>(cell_, weights_, layout_.B, taps_, skip_, live_h_, live_c_);
+    auto twin = std::make_unique<Stream>(cell_, weights_, compute_, layout_.B, taps_, skip_, live_h_, live_c_);
     twin->fresh_h_ = fresh_h_, twin->fresh_c_ = fresh_c_;
     for (size_t i = 0; i < layers_.size(); ++i) {
       twin->weights_ = weights_;
@@ -563,6 +574,7 @@ class Stream {
       Layer l;
       const Checker check = take_weights(l.job, kind_, weights_[i], "_l" + std::to_string(i), taps_);
       if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], check.who);
+      l.job.compute = compute_of(compute_, dtype_, check.who);
       take_layout(l.job, layout_, false);
       layers_.push_back(std::move(l));
       const Job& first = layers_.front().job;
@@ -583,7 +595,8 @@ class Stream {
       else if (carries(kind_))
         j.c_0 = l.h.data();  // a GRU carries its h
       l.x = Buffer(static_cast<size_t>(layout_.B * j.I) * item());
-      l.packs = Buffer(kernels().packs_size(kind_, dtype_, j, 1));
+      j.kept = true;
+      l.packs = Buffer(kernels().packs_size(kind_, dtype_, j, 1, 1));
       l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
     }
     table_ = &kernels();
@@ -620,6 +633,7 @@ class Stream {
 
   std::string cell_;
   CellKind kind_;
+  std::string compute_;
   Dtype dtype_ = FLOAT32;
   std::vector<Weights> weights_;
   int64_t taps_;
@@ -1073,16 +1087,17 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"),
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
         py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("snapshot") = py::none());
-  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("taps"),
-        py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"), py::arg("fresh_h"),
-        py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"),
-        py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
+  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
+        py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"),
+        py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
   py::class_<Stream>(m, "Stream")
-      .def(py::init<std::string, std::vector<Weights>, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"), py::arg("weights"),
-           py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"), py::arg("fresh_c"))
+      .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
+           py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
+           py::arg("fresh_c"))
       .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(),
            "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
       .def_property("state", &Stream::state, &Stream::set_state, "h (L, B, R), for an LSTM (h, c): a copy; assign to set it.")

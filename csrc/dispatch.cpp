@@ -12,6 +12,7 @@
 
 #define RNNFAST_DECLARE(name) extern "C" __attribute__((visibility("hidden"))) const rnnfast::Kernels kernels_##name;
 #ifdef RNNFAST_HAVE_X86
+RNNFAST_DECLARE(v4_bf16)
 RNNFAST_DECLARE(v4)
 RNNFAST_DECLARE(v3)
 #endif
@@ -32,8 +33,10 @@ Found find() {
 #ifdef RNNFAST_HAVE_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("bmi2")) {
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) f.add(kernels_v4_bf16);
     f.add(kernels_v4);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
     f.add(kernels_v3);
 #endif

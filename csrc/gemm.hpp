@@ -2,7 +2,8 @@
 //
 // A and C are given as one pointer a row, so that gathered, strided and ragged rows need no copy. A panel holds NV registers' worth of
 // columns for every k: [k][NV][LANES]; the last panel is narrower. Every element is one chain of fused multiply-adds with k ascending,
-// whatever the tile, the k-block, the row count or the thread: equal inputs give equal bits. Knows no time, cell or thread.
+// whatever the tile, the k-block, the row count or the thread: equal inputs give equal bits. What is multiplied are the numbers themselves
+// or their roundings to bfloat16, two to an element (Exact, Halves; chosen by Products). Knows no time, cell or thread.
 #pragma once
 
 #include "vec.hpp"
@@ -23,8 +24,35 @@ RNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 RNNFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNFAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// What the elements of A and W are, and how numbers become elements: DEPTH neighbouring k share one. The numbers themselves:
+template <class T>
+struct Exact {
+  typedef T type;
+  static constexpr int DEPTH = 1;
+  static RNNFAST_INLINE Reg<T> broadcast(const T* a) { return all(*a); }
+  static RNNFAST_INLINE Reg<T> add_product(Reg<T> a, Reg<T> b, Reg<T> sum) { return fma<T>(a, b, sum); }
+  // A register of elements from DEPTH·LANES neighbouring numbers, of which n are there; from n columns of DEPTH rows (null: zeros).
+  static RNNFAST_INLINE Reg<T> along(const T* from, int64_t n) { return load(from, static_cast<int>(n)); }
+  static RNNFAST_INLINE Reg<T> across(const T* row, const T*, int n) { return load(row, n); }
+};
+
+// Two bfloat16, the even k in the lower half; their products are exact in float32 and added to a float32 sum.
+struct Halves {
+  typedef float type;
+  static constexpr int DEPTH = 2;
+  static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
+  static RNNFAST_INLINE Reg<float> add_product(Reg<float> a, Reg<float> b, Reg<float> sum) { return add_pair_products(a, b, sum); }
+  static RNNFAST_INLINE Reg<float> along(const float* from, int64_t n) {
+    constexpr int L = LANES<float>;
+    return pair_neighbours<float>(load(from, static_cast<int>(n < L ? n : L)), n > L ? load(from + L, static_cast<int>(n - L)) : all(0.0f));
+  }
+  static RNNFAST_INLINE Reg<float> across(const float* row, const float* next, int n) {
+    return pair_lanes(load(row, n), next ? load(next, n) : all(0.0f));
+  }
+};
+
 // One tile. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last register stores `tail` lanes.
-template <class T, int MR, int NV>
+template <class E, class T, int MR, int NV>
 void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail) {
   constexpr int L = LANES<T>;
   const T* row[MR];
@@ -40,17 +68,17 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   for (int64_t k = 0, at = 0; k < K; ++k, at += step, w += NV * L) {
     if constexpr (MR < NV) {
       Reg<T> held[MR];
-      for (int r = 0; r < MR; ++r) held[r] = all(row[r][at]);
+      for (int r = 0; r < MR; ++r) held[r] = E::broadcast(row[r] + at);
       for (int v = 0; v < NV; ++v) {
         const Reg<T> b = load(w + v * L);
-        for (int r = 0; r < MR; ++r) acc[r][v] = fma<T>(held[r], b, acc[r][v]);
+        for (int r = 0; r < MR; ++r) acc[r][v] = E::add_product(held[r], b, acc[r][v]);
       }
     } else {
       Reg<T> held[NV];
       for (int v = 0; v < NV; ++v) held[v] = load(w + v * L);
       for (int r = 0; r < MR; ++r) {
-        const Reg<T> b = all(row[r][at]);
-        for (int v = 0; v < NV; ++v) acc[r][v] = fma<T>(b, held[v], acc[r][v]);
+        const Reg<T> b = E::broadcast(row[r] + at);
+        for (int v = 0; v < NV; ++v) acc[r][v] = E::add_product(b, held[v], acc[r][v]);
       }
     }
   }
@@ -66,24 +94,24 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
 template <class T>
 using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int);
 
-template <class T, int NV, int... MR>
+template <class E, class T, int NV, int... MR>
 struct TilesOf {
-  static constexpr TileFunction<T> of[] = {nullptr, (MR <= tile_rows(NV) ? tile<T, (MR <= tile_rows(NV) ? MR : 1), NV> : nullptr)...};
+  static constexpr TileFunction<T> of[] = {nullptr, (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV> : nullptr)...};
 };
-template <class T, int NV>
-using Tiles = TilesOf<T, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
+template <class E, int NV>
+using Tiles = TilesOf<E, typename E::type, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
 
-template <class T>
-RNNFAST_INLINE TileFunction<T> tile_function(int nv, int64_t rows) {
+template <class E>
+RNNFAST_INLINE TileFunction<typename E::type> tile_function(int nv, int64_t rows) {
   switch (nv) {
     case 1:
-      return Tiles<T, 1>::of[rows];
+      return Tiles<E, 1>::of[rows];
     case 2:
-      return Tiles<T, 2>::of[rows];
+      return Tiles<E, 2>::of[rows];
     case 3:
-      return Tiles<T, 3>::of[rows];
+      return Tiles<E, 3>::of[rows];
     default:
-      return Tiles<T, 4>::of[rows];
+      return Tiles<E, 4>::of[rows];
   }
 }
 
@@ -92,8 +120,9 @@ RNNFAST_INLINE TileFunction<T> tile_function(int nv, int64_t rows) {
 // accumulators.
 constexpr int64_t PANEL_BYTES = 128 * 1024;
 
-// One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows. Rows split evenly (8 = 4 + 4, not 6 + 2).
-template <class T>
+// One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows and K elements. Rows split evenly (8 = 4 + 4, not
+// 6 + 2).
+template <class E, class T>
 __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t step, const T* w,
                                        const T* first, T* const* c, int64_t c_at) {
   const int64_t full = tile_rows(nv);
@@ -107,14 +136,14 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
       const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
       const T* at[MAX_ROWS];
       for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + k * step;
-      tile_function<T>(nv, count)(at, step, k_count, w + k * width, k == 0 ? first : nullptr, c + r, c_at, tail);
+      tile_function<E>(nv, count)(at, step, k_count, w + k * width, k == 0 ? first : nullptr, c + r, c_at, tail);
       r += count;
     }
     k += k_count;
   } while (k < K);
 }
 
-// How N columns (or blocks of `slots` registers each) lie in panels.
+// How N columns (or blocks of `slots` registers each) lie in panels of K elements a column.
 //
 // A block is LANES neighbouring units; with `slots` > 1 each unit has several columns (its gates), kept together.
 template <class T>
@@ -132,12 +161,12 @@ struct Panels {
 };
 
 // Panel `panel` of Wᵀ, for W's rows grouped by gate: column (block, slot, lane) is row gate[slot] + unit·pitch, over k; p's first unit is
-// `first_unit` of `units`, and units past the end are 0.
-template <class T>
-void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate, int64_t pitch, T* to) {
-  constexpr int L = LANES<T>;
+// `first_unit` of `units`, and units past the end are 0. A row has `pitch` numbers, which are all taken.
+template <class E, class T>
+__attribute__((noinline)) void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate,
+                                          int64_t pitch, T* to) {
+  constexpr int L = LANES<T>, D = E::DEPTH;
   const int nv = p.nv(panel);
-  to += p.at(panel);
   for (int v = 0; v < nv; ++v) {
     const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
     const T* from = gate[v % p.slots] + unit * pitch;
@@ -145,47 +174,99 @@ void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t u
     for (int64_t k0 = 0; k0 < p.K; k0 += L) {
       const int count = static_cast<int>(least(L, p.K - k0));
       Reg<T> square[L];
-      for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(from + lane * pitch + k0, count) : all(T(0));
+      for (int lane = 0; lane < L; ++lane)
+        square[lane] = lane < valid ? E::along(from + lane * pitch + k0 * D, least(L * D, pitch - k0 * D)) : all(T(0));
       transpose<T>(square);
       for (int i = 0; i < count; ++i) store(to + ((k0 + i) * nv + v) * L, square[i]);
     }
   }
 }
 
-// Panel `panel` of the matrix whose row k is row[k] (columns in place): the weights as they stand, for products with Wᵀ, and rows of x or h
-// for gradients.
-template <class T>
-void pack_rows(const Panels<T>& p, int64_t panel, const T* const* row, T* to) {
-  constexpr int L = LANES<T>;
+// Panel `panel` of the matrix of K rows whose row k is row[k] (columns in place): the weights as they stand, for products with Wᵀ, and rows
+// of x or h for gradients.
+template <class E, class T>
+__attribute__((noinline)) void pack_rows(const Panels<T>& p, int64_t panel, int64_t K, const T* const* row, T* to) {
+  constexpr int L = LANES<T>, D = E::DEPTH;
   const int nv = p.nv(panel), tail = p.tail(panel);
   const int64_t column = panel * p.per_panel * L;
-  to += p.at(panel);
-  for (int64_t k = 0; k < p.K; ++k, to += nv * L) {
+  for (int64_t k = 0; k < K; k += D, to += nv * L) {
     const T* from = row[k] + column;
-    for (int v = 0; v < nv - 1; ++v) store(to + v * L, load(from + v * L));
-    store(to + (nv - 1) * L, load(from + (nv - 1) * L, tail));
+    const T* next = k + D <= K ? row[k + D - 1] + column : nullptr;
+    for (int v = 0; v < nv; ++v) store(to + v * L, E::across(from + v * L, next ? next + v * L : nullptr, v == nv - 1 ? tail : L));
   }
 }
 
-// Columns [m0, m1) of the matrix whose row k is from + k·pitch, as [m / PACKED_ROWS][k][m % PACKED_ROWS]: A of a product over k with step
-// PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
-template <class T>
-void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
-  constexpr int P = PACKED_ROWS;
+// Columns [m0, m1) of the matrix of K rows whose row k is from + k·pitch, as [m / PACKED_ROWS][element][m % PACKED_ROWS]: A of a product
+// over k with step PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
+template <class E, class T>
+__attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
+  constexpr int P = PACKED_ROWS, L = LANES<T>, D = E::DEPTH;
   constexpr int64_t K_block = 32;  // a block of lines stays in the first-level cache while its columns are taken in turn
+  const int64_t elements = ceil_div(K, D);
   for (int64_t k0 = 0; k0 < K; k0 += K_block) {
     const int64_t k1 = least(K, k0 + K_block);
     for (int64_t m = m0; m < m1; m += P) {
-      T* out = to + m * K + k0 * P;
+      T* out = to + m * elements + k0 / D * P;
       const T* in = from + k0 * pitch + m;
-      if (m + P <= columns) {
+      const int64_t valid = least(P, columns - m);
+      if (D == 1 && valid == P) {
         for (int64_t k = k0; k < k1; ++k, out += P, in += pitch) memcpy(out, in, P * sizeof(T));
-      } else {
-        for (int64_t k = k0; k < k1; ++k, out += P, in += pitch)
-          for (int64_t i = 0; i < P; ++i) out[i] = m + i < columns ? in[i] : T(0);
+        continue;
       }
+      for (int64_t k = k0; k < k1; k += D, out += P, in += D * pitch)
+        for (int64_t i = 0; i < P; i += L) {
+          const int n = static_cast<int>(least(L, valid - i));
+          const Reg<T> e = n > 0 ? E::across(in + i, k + D <= K ? in + (D - 1) * pitch + i : nullptr, n) : all(T(0));
+          store(out + i, e, static_cast<int>(least(L, P - i)));
+        }
     }
   }
 }
+
+// The products of a job, which computes in its own dtype or, in float32, in bfloat16.
+template <class T>
+class Products {
+ public:
+  explicit Products(bool bfloat16) : halves(sizeof(T) == sizeof(float) && bfloat16) {}
+
+  int64_t elements(int64_t K) const { return halves ? ceil_div(K, 2) : K; }  // as which K numbers are multiplied
+
+  // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
+  __attribute__((noinline)) const T* const* encode(int64_t K, int64_t rows, const T* const* from, T* to, const T** at) const {
+    if (!halves) return from;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      constexpr int L = LANES<T>;
+      for (int64_t r = 0; r < rows; ++r, to += elements(K)) {
+        at[r] = to;
+        for (int64_t k = 0; k < K; k += 2 * L)
+          store(to + k / 2, Halves::along(from[r] + k, least(2 * L, K - k)), static_cast<int>(least(L, elements(K) - k / 2)));
+      }
+    }
+    return at;
+  }
+  // As the functions of these names.
+  void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t step, const T* w, const T* first, T* const* c,
+                int64_t c_at) const {
+    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, step, w, first, c, c_at); });
+  }
+  void gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate, int64_t pitch, T* to) const {
+    visit([&](auto e) { pack_gates<decltype(e)>(p, panel, first_unit, units, gate, pitch, to); });
+  }
+  void rows(const Panels<T>& p, int64_t panel, int64_t K, const T* const* row, T* to) const {
+    visit([&](auto e) { pack_rows<decltype(e)>(p, panel, K, row, to); });
+  }
+  void columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) const {
+    visit([&](auto e) { pack_columns<decltype(e)>(m0, m1, columns, K, from, pitch, to); });
+  }
+
+ private:
+  template <class F>
+  void visit(F f) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (halves) return f(Halves{});
+    f(Exact<T>{});
+  }
+  const bool halves;
+};
 
 }  // namespace

@@ -55,9 +55,10 @@ size_t tape_size(CellKind kind, Dtype dtype, const Job& job) {
   return size;
 }
 
-size_t packs_size(CellKind kind, Dtype dtype, const Job& job, int units) {
+size_t packs_size(CellKind kind, Dtype dtype, const Job& job, int workers, int row_groups) {
   Arena packs(nullptr), scratch(nullptr);
-  visit(kind, dtype, job, Worker{0, units, 1, nullptr, nullptr, nullptr, nullptr}, [&](const auto& s) { s.plan_forward(packs, scratch); });
+  visit(kind, dtype, job, Worker{0, workers, row_groups, nullptr, nullptr, nullptr, nullptr},
+        [&](const auto& s) { s.plan_forward(packs, scratch); });
   return packs.used + 64;
 }
 

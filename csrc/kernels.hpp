@@ -14,6 +14,7 @@ namespace rnnfast {
 
 enum CellKind { RNN_TANH, RNN_RELU, RNN_SIGMOID, RNN_IDENTITY, LSTM, LSTM_PEEPHOLE, GRU, GRU_RESET_BEFORE, CELL_KINDS };
 enum Dtype { FLOAT32, FLOAT64, DTYPES };
+enum Compute { OWN, BFLOAT16 };  // what products multiply: numbers of the job's dtype, or in float32 their roundings; sums are of the dtype
 
 // An array of tokens: element (t, row, j) is data[time[t]·step + index[row]·row + j].
 struct Tokens {
@@ -23,6 +24,7 @@ struct Tokens {
 
 struct Job {
   int64_t T, B, I, H, R, taps;
+  Compute compute;
   bool projected;         // y = W_hr·hidden + b_hr, R wide; else R = H
   bool reversed;          // time runs from T − 1 to 0
   const int64_t* active;  // (T)      rows that run at t, never growing with t
@@ -49,6 +51,7 @@ struct Job {
   void* h_T;            // (B, S)
   void* c_T;            // (B, H)
   void* tape;           // tape_size elements; null in inference
+  bool kept;            // forward: the packs will be used again
   bool packed;          // forward: packs still holds this job's weights, from a call with as many workers a row group
 
   Tokens dy;         // (T, B, R)
@@ -76,9 +79,9 @@ struct Worker {
 struct Kernels {
   const char* target;
   int (*lanes)(Dtype);
-  // Elements of tape; bytes of forward's packs for so many workers a row group; bytes of scratch for so many workers.
+  // Elements of tape; bytes of forward's packs and of scratch for so many workers.
   size_t (*tape_size)(CellKind, Dtype, const Job&);
-  size_t (*packs_size)(CellKind, Dtype, const Job&, int units);
+  size_t (*packs_size)(CellKind, Dtype, const Job&, int workers, int row_groups);
   size_t (*scratch_size)(CellKind, Dtype, const Job&, int workers, int row_groups, bool backward);
   void (*forward)(CellKind, Dtype, const Job&, const Worker&);
   void (*backward)(CellKind, Dtype, const Job&, const Worker&);

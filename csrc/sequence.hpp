@@ -54,6 +54,7 @@ struct Sequence {
 
   const Job& j;
   const Worker& w;
+  const Products<T> multiply;
   const int64_t H, S, Hp;            // Hp: H padded to whole registers
   const int64_t units, group, crew;  // workers over units; this one's place among them; this one's row group
   Range blocks;                      // this worker's blocks of H
@@ -62,6 +63,7 @@ struct Sequence {
   Sequence(const Job& job, const Worker& worker)
       : j(job),
         w(worker),
+        multiply(job.compute == rnnfast::BFLOAT16),
         H(job.H),
         S(job.R * job.taps),
         Hp(ceil_div(job.H, L) * L),
@@ -137,6 +139,18 @@ struct Sequence {
     for (int i = 0; i < Cell::PEEP; ++i) p[i] = load(in(j.peep) + i * H + b * L, lanes(b));
   }
 
+  // As elements of products: a row of K numbers; rows encoded into a worker's own memory.
+  int64_t elements(int64_t K) const { return multiply.elements(K); }
+  struct Encoded {
+    T* numbers;
+    const T** rows;
+  };
+  Encoded take_encoded(Arena& arena, int64_t rows_, int64_t K) const {
+    if (j.compute == rnnfast::OWN) return {nullptr, nullptr};
+    T* numbers = arena.take<T>(rows_ * elements(K));
+    return {numbers, arena.take<const T*>(rows_)};
+  }
+
   // Packs this worker's part of what its row groups' peers with the same units share.
   template <class Pack>
   void pack_shared(const Panels<T>& p, Pack pack) const {
@@ -152,10 +166,21 @@ struct Sequence {
     return slot < WIDE ? (b * WIDE + slot) * L : (blocks.size() * WIDE + b * (PRE - WIDE) + slot - WIDE) * L;
   }
 
+  // Some slots of a weight matrix, for the products that make sums; packed for this worker's units, or null where each panel is packed
+  // when it is used.
+  struct Gates {
+    const void* weights;
+    int first_slot, slots;
+    int64_t K;
+    T* packed;
+  };
   struct Forward {
-    T *x_early, *x_late, *h_early, *h_late, *w_hr;  // packed
-    T *bias, *peep, *b_hr, *a;                      // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
-    T *state, *past;                                // without a tape: [row][pitch], [row][history_pitch]
+    Gates x_early, x_late, h_early, h_late;
+    T* w_hr;   // packed
+    T* panel;  // one panel, for weights that are used once
+    Encoded encoded;
+    T *bias, *peep, *b_hr, *a;  // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
+    T *state, *past;            // without a tape: [row][pitch], [row][history_pitch]
     const T **from, **h_prev, **c_prev;
     T** to;
   };
@@ -169,18 +194,19 @@ struct Sequence {
     Forward f{};
     const int64_t most_blocks = ceil_div(ceil_div(H, L), units), most_rows = j.B, most_outs = ceil_div(ceil_div(j.R, L), units);
     const int64_t row_size = most_blocks * PRE * L;
+    f.x_early = {j.w_ih, 0, X < WIDE ? X : WIDE, j.I, nullptr}, f.h_early = {j.w_hh, EARLY, LATE - EARLY, S, nullptr};
+    f.x_late = {j.w_ih, LATE, PRE - LATE, j.I, nullptr}, f.h_late = {j.w_hh, LATE, PRE - LATE, H, nullptr};
+    Gates* const parts[] = {&f.x_early, &f.x_late, &f.h_early, &f.h_late};
     for (int64_t g = 0; g < units; ++g) {  // one pack for each share of the units
-      T* x_early = packs.take<T>(most_blocks * least(X, WIDE) * L * j.I);
-      T* x_late = packs.take<T>(most_blocks * (PRE - WIDE) * L * j.I);
-      T* h_early = packs.take<T>(most_blocks * (LATE - EARLY) * L * S);
-      T* h_late = packs.take<T>(most_blocks * (PRE - LATE) * L * H);
-      T* hr = packs.take<T>(j.projected ? most_outs * L * H : 0);
+      for (Gates* p : parts) {
+        T* packed = used_once(*p) ? nullptr : packs.take<T>(most_blocks * p->slots * L * elements(p->K));
+        if (g == group) p->packed = packed;
+      }
+      T* hr = packs.take<T>(j.projected ? most_outs * L * elements(H) : 0);
       T* bias = packs.take<T>(row_size);
       T* peep = packs.take<T>(Cell::PEEP * most_blocks * L);
       T* b_hr = packs.take<T>(most_outs * L);
-      if (g == group)
-        f.x_early = x_early, f.x_late = x_late, f.h_early = h_early, f.h_late = h_late, f.w_hr = hr, f.bias = bias, f.peep = peep,
-        f.b_hr = b_hr;
+      if (g == group) f.w_hr = hr, f.bias = bias, f.peep = peep, f.b_hr = b_hr;
     }
     for (int64_t i = 0; i < w.count; ++i) {
       const int64_t tokens = forward_steps(most_rows, row_size) * most_rows;
@@ -189,28 +215,36 @@ struct Sequence {
       T** to = arena.take<T*>(tokens);
       const T** h_prev = arena.take<const T*>(most_rows);
       const T** c_prev = arena.take<const T*>(most_rows);
-      if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev;
+      T* panel = arena.take<T>(j.kept ? 0 : MAX_NV * L * elements(most(j.I, most(S, H))));
+      const Encoded encoded = take_encoded(arena, tokens, most(j.I, most(S, H)));
+      if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev, f.panel = panel, f.encoded = encoded;
     }
     f.state = j.tape ? nullptr : arena.take<T>(j.B * pitch());
     f.past = j.taps == 1 ? nullptr : j.tape ? history() : arena.take<T>(j.B * history_pitch());
     return f;
   }
 
+  // Are these weights read once, so that packs that nobody keeps would be written and read for nothing? Where row groups share the packing,
+  // only they would each do it all.
+  bool used_once(const Gates& p) const {
+    return !j.kept && w.row_groups == 1 &&
+           (p.weights == j.w_hh ? j.T == 1 : forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L) >= j.T);
+  }
+  void pack_panel(const Gates& g, const Panels<T>& p, int64_t panel, T* to) const {
+    const T* gate[PRE];
+    for (int s = 0; s < g.slots; ++s) gate[s] = in(g.weights) + Cell::GATE[g.first_slot + s] * H * g.K;
+    multiply.gates(p, panel, blocks.begin * L, H, gate, g.K, to);
+  }
+
   // The weights' row blocks in slot order, and the sums' start: the biases that their slots' products bring along.
   void pack_forward(const Forward& f) const {
     const int64_t unit = blocks.begin * L, own = units_of(blocks);
     if (own > 0) {
-      const T *x_gate[PRE], *h_gate[PRE];
-      for (int s = 0; s < PRE; ++s) x_gate[s] = in(j.w_ih) + Cell::GATE[s] * H * j.I, h_gate[s] = in(j.w_hh) + Cell::GATE[s] * H * S;
-      auto pack = [&](int first_slot, int slots, int64_t K, const T* const* gate, T* to) {
-        const Panels<T> p(own, slots, K);
-        pack_shared(p, [&](int64_t panel) { pack_gates(p, panel, unit, H, gate + first_slot, K, to); });
-      };
-      pack(0, X < WIDE ? X : WIDE, j.I, x_gate, f.x_early);
-      pack(EARLY, LATE - EARLY, S, h_gate, f.h_early);
-      if constexpr (RESETS_FIRST) {
-        pack(LATE, PRE - LATE, j.I, x_gate, f.x_late);
-        pack(LATE, PRE - LATE, H, h_gate, f.h_late);
+      const Gates* const parts[] = {&f.x_early, &f.x_late, &f.h_early, &f.h_late};
+      for (const Gates* g : parts) {
+        if (!g->packed || g->slots == 0) continue;
+        const Panels<T> p(own, g->slots, elements(g->K));
+        pack_shared(p, [&](int64_t panel) { pack_panel(*g, p, panel, g->packed + p.at(panel)); });
       }
       for (int64_t b = 0; crew == 0 && b < blocks.size(); ++b)
         for (int s = 0; s < PRE; ++s) {
@@ -231,24 +265,26 @@ struct Sequence {
       const int64_t first = o.begin * L, count = least(o.end * L, j.R) - first;
       if (count > 0) {
         const T* gate[1] = {in(j.w_hr)};
-        const Panels<T> p(count, 1, H);
-        pack_shared(p, [&](int64_t panel) { pack_gates(p, panel, first, j.R, gate, H, f.w_hr); });
+        const Panels<T> p(count, 1, elements(H));
+        pack_shared(p, [&](int64_t panel) { multiply.gates(p, panel, first, j.R, gate, H, f.w_hr + p.at(panel)); });
         for (int64_t i = 0; crew == 0 && i < o.size() * L; ++i) f.b_hr[i] = j.b_hr && i < count ? in(j.b_hr)[first + i] : T(0);
       }
     }
     join();
   }
 
-  // Slots [first_slot, first_slot + slots) of the sums: a = first + from·W or a += from·W, for all of this worker's units.
-  void affine(const T* packed, int first_slot, int slots, int64_t K, int64_t count, const T* const* from, const T* first,
-              T* const* to) const {
-    if (K == 0 && !first) return;  // a dense layer: no recurrence
-    const Panels<T> p(units_of(blocks), slots, K);
-    const int64_t width = first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
+  // The sums' slots that these weights make: a = first + from·W or a += from·W, for all of this worker's units.
+  void affine(const Forward& f, const Gates& g, int64_t count, const T* const* from, const T* first, T* const* to) const {
+    if (g.K == 0 && !first) return;  // a dense layer: no recurrence
+    const Panels<T> p(units_of(blocks), g.slots, elements(g.K));
+    const int64_t width = g.first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
+    const T* const* rows_in = multiply.encode(g.K, count, from, f.encoded.numbers, f.encoded.rows);
     for (int64_t panel = 0; panel < p.count(); ++panel) {
-      const int64_t at = a_at(0, first_slot) + panel * p.per_panel * width * L;
-      product(p.nv(panel), L, count, K, from, 1, packed + p.at(panel), first ? first + at : nullptr, to, at);
+      const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L;
+      if (!g.packed) pack_panel(g, p, panel, f.panel);
+      multiply.multiply(p.nv(panel), L, count, p.K, rows_in, 1, g.packed ? g.packed + p.at(panel) : f.panel, first ? first + at : nullptr,
+                        to, at);
     }
   }
 
@@ -274,8 +310,8 @@ struct Sequence {
           f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
       }
       if (row_size > 0 && count > 0) {
-        affine(f.x_early, 0, X < WIDE ? X : WIDE, j.I, count, f.from, f.bias, f.to);
-        if constexpr (RESETS_FIRST) affine(f.x_late, LATE, PRE - LATE, j.I, count, f.from, f.bias, f.to);
+        affine(f, f.x_early, count, f.from, f.bias, f.to);
+        if constexpr (RESETS_FIRST) affine(f, f.x_late, count, f.from, f.bias, f.to);
         for (int64_t b = 0; X < PRE && b < blocks.size(); ++b)  // slots that x does not reach start with their bias alone
           for (int64_t i = 0; i < count; ++i)
             for (int s = X; s < PRE; ++s) store(f.to[i] + a_at(b, s), load(f.bias + a_at(b, s)));
@@ -303,7 +339,7 @@ struct Sequence {
       if (resets_at(t, r)) f.h_prev[r] = in(j.fresh_h), f.c_prev[r] = in(j.fresh_c);
       f.to[i] = a + i * row_size;
     }
-    affine(f.h_early, EARLY, LATE - EARLY, S, n, f.h_prev + run.begin, nullptr, f.to);
+    affine(f, f.h_early, n, f.h_prev + run.begin, nullptr, f.to);
     if constexpr (RESETS_FIRST) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
@@ -318,7 +354,7 @@ struct Sequence {
         f.from[i] = q;
       }
       sync();
-      affine(f.h_late, LATE, PRE - LATE, H, n, f.from, nullptr, f.to);
+      affine(f, f.h_late, n, f.from, nullptr, f.to);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
@@ -349,10 +385,11 @@ struct Sequence {
       const int64_t first = o.begin * L, count = least(o.end * L, j.R) - first;
       for (int64_t i = 0; i < n; ++i) f.to[i] = out_row(j.y, t, run.begin + i);
       if (count > 0) {
-        const Panels<T> p(count, 1, H);
+        const Panels<T> p(count, 1, elements(H));
+        const T* const* rows_in = multiply.encode(H, n, f.from, f.encoded.numbers, f.encoded.rows);
         for (int64_t panel = 0; panel < p.count(); ++panel)
-          product(p.nv(panel), p.tail(panel), n, H, f.from, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to,
-                  first + panel * MAX_NV * L);
+          multiply.multiply(p.nv(panel), p.tail(panel), n, p.K, rows_in, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to,
+                            first + panel * MAX_NV * L);
       }
     }
     if (j.taps > 1) {
@@ -372,14 +409,24 @@ struct Sequence {
 
   // ======================================================================================================================================
 
+  // Some columns of a weight matrix, or of some slots of it, for the products that send gradients back; packed, or null as in Gates.
+  struct Columns {
+    const void* weights;
+    int from_slot, to_slot;  // w_hr: 0, 0
+    int64_t pitch, column, width;
+    T* packed;
+  };
   struct Backward {
-    T *w_ih, *w_early, *w_late, *w_hr;  // packed for the products with da; one pack a share of the units (w_ih: one for all)
-    T *dh, *dc;                         // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
-    T *dhidden, *dq;                    // [row][Hp]
-    T *da, *dy_total;                   // [token of a chunk][da_pitch], [token of a chunk][R padded]
-    T *a_packed, *dy_packed;            // daᵀ, dy_totalᵀ for products over tokens
-    T* operand[4];                      // packed x, h_{t-1}, q, hidden
-    T *zeros, *sums;                    // [MAX_NV·L]; [PRE·H]
+    Columns w_ih, w_early, w_late, w_hr;
+    T* panel;        // one panel, for weights that are used once
+    const T** line;  // [PRE·H or R] rows of a weight matrix
+    Encoded encoded;
+    T *dh, *dc;               // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
+    T *dhidden, *dq;          // [row][Hp]
+    T *da, *dy_total;         // [token of a chunk][da_pitch], [token of a chunk][R padded]
+    T *a_packed, *dy_packed;  // daᵀ, dy_totalᵀ for products over tokens
+    T* operand[4];            // packed x, h_{t-1}, q, hidden
+    T *zeros, *sums;          // [MAX_NV·L]; [PRE·H]
     const T** from;
     T** to;
   };
@@ -400,60 +447,68 @@ struct Sequence {
     Backward f{};
     const int64_t tokens = backward_steps() * j.B;
     const int64_t most_h = ceil_div(ceil_div(S, L), units), most_blocks = ceil_div(ceil_div(H, L), units);
-    for (int64_t g = 0; g < units; ++g) {
-      T* early = arena.take<T>(most_h * L * (LATE - EARLY) * H);
-      T* late = arena.take<T>(most_blocks * L * (PRE - LATE) * H);
-      T* hr = arena.take<T>(j.projected ? most_blocks * L * j.R : 0);
-      if (g == group) f.w_early = early, f.w_late = late, f.w_hr = hr;
+    const Range h = h_blocks();
+    const int64_t h_first = h.begin * L, h_count = most(0, least(h.end * L, S) - h_first), first = blocks.begin * L;
+    const int64_t own = most(0, units_of(blocks));
+    f.w_ih = {j.w_ih, 0, X, j.I, 0, j.dx.data ? j.I : 0, nullptr};
+    f.w_early = {j.w_hh, EARLY, LATE, S, h_first, h_count, nullptr};
+    f.w_late = {j.w_hh, LATE, PRE, S, first, RESETS_FIRST ? own : 0, nullptr};
+    f.w_hr = {j.w_hr, 0, 0, H, first, j.projected ? own : 0, nullptr};
+    for (int64_t g = 0; g < units; ++g) {  // one pack a share of the units
+      T* early = arena.take<T>(used_once(f.w_early) ? 0 : most_h * L * elements((LATE - EARLY) * H));
+      T* late = arena.take<T>(used_once(f.w_late) ? 0 : most_blocks * L * elements((PRE - LATE) * H));
+      T* hr = arena.take<T>(j.projected && !used_once(f.w_hr) ? most_blocks * L * elements(j.R) : 0);
+      if (g == group) f.w_early.packed = early, f.w_late.packed = late, f.w_hr.packed = hr;
     }
-    f.w_ih = arena.take<T>(j.dx.data ? Panels<T>(j.I, 1, X * H).size() : 0);
+    f.w_ih.packed = arena.take<T>(j.dx.data && !used_once(f.w_ih) ? Panels<T>(j.I, 1, elements(X * H)).size() : 0);
+    Columns* const parts[] = {&f.w_ih, &f.w_early, &f.w_late, &f.w_hr};
+    for (Columns* c : parts)
+      if (used_once(*c)) c->packed = nullptr;
     f.dh = arena.take<T>(j.B * dh_pitch());
     f.dc = arena.take<T>(j.B * Hp);
     f.dhidden = arena.take<T>(j.projected ? j.B * Hp : 0);
     f.dq = arena.take<T>(RESETS_FIRST ? j.B * Hp : 0);
     f.da = arena.take<T>(tokens * da_pitch());
     f.dy_total = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
-    f.a_packed = arena.take<T>((PRE * H + PACKED_ROWS) * tokens);
-    f.dy_packed = arena.take<T>(j.projected ? (j.R + PACKED_ROWS) * tokens : 0);
-    for (int i = 0; i < 4; ++i) f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, tokens).size() : 0);
+    f.a_packed = arena.take<T>((PRE * H + PACKED_ROWS) * elements(tokens));
+    f.dy_packed = arena.take<T>(j.projected ? (j.R + PACKED_ROWS) * elements(tokens) : 0);
+    for (int i = 0; i < 4; ++i)
+      f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, elements(tokens)).size() : 0);
     const int64_t pointers = most(most(tokens, PRE * H), most(j.R, j.B));
     for (int64_t i = 0; i < w.count; ++i) {
       T* zeros = arena.take<T>(MAX_NV * L);
       T* sums = arena.take<T>(most(PRE * H, j.R) + L);
       const T** from = arena.take<const T*>(pointers);
       T** to = arena.take<T*>(pointers);
-      if (i == w.id) f.zeros = zeros, f.sums = sums, f.from = from, f.to = to;
+      const T** line = arena.take<const T*>(most(PRE * H, j.R));
+      T* panel = arena.take<T>(j.T == 1 ? MAX_NV * L * elements(most(PRE * H, j.R)) : 0);
+      const Encoded encoded = take_encoded(arena, tokens, most(PRE * H, j.R));
+      if (i == w.id) f.zeros = zeros, f.sums = sums, f.from = from, f.to = to, f.line = line, f.panel = panel, f.encoded = encoded;
     }
     return f;
+  }
+  bool used_once(const Columns&) const { return j.T == 1 && w.row_groups == 1; }
+  int64_t height(const Columns& c) const { return c.to_slot > c.from_slot ? (c.to_slot - c.from_slot) * H : j.R; }
+  void lines(const Backward& f, const Columns& c) const {
+    if (c.to_slot == 0)
+      for (int64_t i = 0; i < j.R; ++i) f.line[i] = in(c.weights) + i * c.pitch + c.column;
+    for (int s = c.from_slot; s < c.to_slot; ++s)
+      for (int64_t u = 0; u < H; ++u) f.line[(s - c.from_slot) * H + u] = in(c.weights) + (Cell::GATE[s] * H + u) * c.pitch + c.column;
   }
 
   void pack_backward(const Backward& f) const {
     for (int64_t i = 0; i < MAX_NV * L; ++i) f.zeros[i] = T(0);
-    const Range h = h_blocks();
-    const int64_t h_first = h.begin * L, h_count = least(h.end * L, S) - h_first, first = blocks.begin * L, own = units_of(blocks);
-    auto rows_of = [&](const void* weights, int from_slot, int to_slot, int64_t pitch, int64_t column) {
-      for (int s = from_slot; s < to_slot; ++s)
-        for (int64_t u = 0; u < H; ++u) f.from[(s - from_slot) * H + u] = in(weights) + (Cell::GATE[s] * H + u) * pitch + column;
-    };
-    if (h_count > 0) {
-      rows_of(j.w_hh, EARLY, LATE, S, h_first);
-      const Panels<T> p(h_count, 1, (LATE - EARLY) * H);
-      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_early); });
-    }
-    if (RESETS_FIRST && own > 0) {
-      rows_of(j.w_hh, LATE, PRE, S, first);
-      const Panels<T> p(own, 1, (PRE - LATE) * H);
-      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_late); });
-    }
-    if (j.projected && own > 0) {
-      for (int64_t i = 0; i < j.R; ++i) f.from[i] = in(j.w_hr) + i * H + first;
-      const Panels<T> p(own, 1, j.R);
-      pack_shared(p, [&](int64_t panel) { pack_rows(p, panel, f.from, f.w_hr); });
-    }
-    if (j.dx.data) {
-      rows_of(j.w_ih, 0, X, j.I, 0);
-      const Panels<T> p(j.I, 1, X * H);
-      for (int64_t panel = w.id; panel < p.count(); panel += w.count) pack_rows(p, panel, f.from, f.w_ih);
+    const int64_t first = blocks.begin * L;
+    const Columns* const parts[] = {&f.w_early, &f.w_late, &f.w_hr, &f.w_ih};
+    for (const Columns* c : parts) {
+      if (c->width == 0 || !c->packed) continue;
+      lines(f, *c);
+      const Panels<T> p(c->width, 1, elements(height(*c)));
+      const auto pack = [&](int64_t panel) { multiply.rows(p, panel, height(*c), f.line, c->packed + p.at(panel)); };
+      if (c != &f.w_ih)
+        pack_shared(p, pack);
+      else  // one pack for all
+        for (int64_t panel = w.id; panel < p.count(); panel += w.count) pack(panel);
     }
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       if (group == 0) {
@@ -507,8 +562,7 @@ struct Sequence {
     const Range run = running(t);
     const int64_t n = run.size(), token = j.start[t] - base + run.begin;
     T* da = f.da + token * da_pitch();
-    const Range h = h_blocks();
-    const int64_t h_first = h.begin * L, h_count = least(h.end * L, S) - h_first, first = blocks.begin * L, own = units_of(blocks);
+    const int64_t h_first = f.w_early.column, h_count = f.w_early.width, first = blocks.begin * L, own = most(0, units_of(blocks));
 
     if (j.projected) {
       const Range o = out_blocks();
@@ -522,7 +576,7 @@ struct Sequence {
         f.to[i] = f.dhidden + r * Hp;
       }
       sync();
-      if (own > 0) columns(Panels<T>(own, 1, j.R), n, f.from, f.w_hr, f.zeros, f.to, first, true);
+      send_back(f, f.w_hr, n, f.zeros, first, true);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
@@ -552,7 +606,7 @@ struct Sequence {
     if constexpr (RESETS_FIRST) {
       sync();
       for (int64_t i = 0; i < n; ++i) f.from[i] = da + i * da_pitch() + LATE * H, f.to[i] = f.dq + (run.begin + i) * Hp;
-      if (own > 0) columns(Panels<T>(own, 1, (PRE - LATE) * H), n, f.from, f.w_late, f.zeros, f.to, first, true);
+      send_back(f, f.w_late, n, f.zeros, first, true);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
         const T *kept_row = tape_row(t, r), *c_prev = c_before(s, r);
@@ -570,8 +624,7 @@ struct Sequence {
       f.from[i] = da + i * da_pitch() + EARLY * H;
       f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
     }
-    if (h_count > 0)
-      columns(Panels<T>(h_count, 1, (LATE - EARLY) * H), n, f.from, f.w_early, j.taps > 1 ? nullptr : f.zeros, f.to, h_first, false);
+    send_back(f, f.w_early, n, j.taps > 1 ? nullptr : f.zeros, h_first, false);
     if (j.reset) {
       for (int64_t r = run.begin; r < run.end; ++r) {
         const int64_t event = j.reset[t * j.B + j.index[r]];
@@ -585,32 +638,39 @@ struct Sequence {
     if (j.projected || j.taps > 1) sync();  // else a worker's dh are its own units'
   }
 
-  // c[r][at ..] = first + a[r]·W (or +=) over all panels; `padded` where the destination holds whole registers.
-  void columns(const Panels<T>& p, int64_t n, const T* const* from, const T* packed, const T* first, T* const* to, int64_t at,
-               bool padded) const {
-    for (int64_t panel = 0; panel < p.count(); ++panel)
-      product(p.nv(panel), padded ? L : p.tail(panel), n, p.K, from, 1, packed + p.at(panel), first, to, at + panel * MAX_NV * L);
+  // to[r][at ..] = first + from[r]·W (or +=) over all panels of c; `padded` where the destination holds whole registers.
+  void send_back(const Backward& f, const Columns& c, int64_t n, const T* first, int64_t at, bool padded) const {
+    if (c.width == 0) return;
+    const int64_t K = height(c);
+    const Panels<T> p(c.width, 1, elements(K));
+    const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
+    if (!c.packed) lines(f, c);
+    for (int64_t panel = 0; panel < p.count(); ++panel) {
+      if (!c.packed) multiply.rows(p, panel, K, f.line, f.panel);
+      multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, p.K, from, 1, c.packed ? c.packed + p.at(panel) : f.panel, first, f.to,
+                        at + panel * MAX_NV * L);
+    }
   }
 
   // Side by side for the products over a chunk's tokens: daᵀ and the operands. Each worker packs its share.
   void gather(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
     const int64_t tiles = ceil_div(PRE * H, PACKED_ROWS);
     const Range own = share(tiles, w.id, w.count);
-    pack_columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, PRE * H), PRE * H, tokens, f.da, da_pitch(), f.a_packed);
+    multiply.columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, PRE * H), PRE * H, tokens, f.da, da_pitch(), f.a_packed);
     if (j.projected) {
       const Range part = share(ceil_div(j.R, PACKED_ROWS), w.id, w.count);
-      pack_columns(part.begin * PACKED_ROWS, least(part.end * PACKED_ROWS, j.R), j.R, tokens, f.dy_total, dy_pitch(), f.dy_packed);
+      multiply.columns(part.begin * PACKED_ROWS, least(part.end * PACKED_ROWS, j.R), j.R, tokens, f.dy_total, dy_pitch(), f.dy_packed);
     }
     int64_t turn = 0;  // panels of all operands in turn
     for (int i = 0; i < 4; ++i) {
       if (operand_width(i) == 0) continue;
       bool ready = false;
-      const Panels<T> p(operand_width(i), 1, tokens);
+      const Panels<T> p(operand_width(i), 1, elements(tokens));
       for (int64_t panel = 0; panel < p.count(); ++panel) {
         if (turn++ % w.count != w.id) continue;
         if (!ready) operand_rows(i, t0, t1, f.from);
         ready = true;
-        pack_rows(p, panel, f.from, f.operand[i]);
+        multiply.rows(p, panel, tokens, f.from, f.operand[i] + p.at(panel));
       }
     }
   }
@@ -630,7 +690,7 @@ struct Sequence {
         f.from[n] = f.da + k * da_pitch();
         f.to[n] = out_row(j.dx, t, k - (j.start[t] - base));
       }
-    columns(Panels<T>(j.I, 1, X * H), n, f.from, f.w_ih, f.zeros, f.to, 0, false);
+    send_back(f, f.w_ih, n, f.zeros, 0, false);
   }
 
   // db += Σ da and dp += Σ da·c: sums over a chunk's tokens, in their order; columns are split among the workers.
@@ -686,13 +746,13 @@ struct Sequence {
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
     if (!weights || begin >= end) return;
     for (int64_t m = begin; m < end; ++m) {
-      f.from[m - begin] = a_packed + m / PACKED_ROWS * PACKED_ROWS * tokens + m % PACKED_ROWS;
+      f.from[m - begin] = a_packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
     }
-    const Panels<T> p(width, 1, tokens);
+    const Panels<T> p(width, 1, elements(tokens));
     for (int64_t panel = 0; panel < p.count(); ++panel)
-      product(p.nv(panel), p.tail(panel), end - begin, tokens, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel),
-              static_cast<const T*>(nullptr), f.to, panel * MAX_NV * L);
+      multiply.multiply(p.nv(panel), p.tail(panel), end - begin, p.K, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel), nullptr, f.to,
+                        panel * MAX_NV * L);
   }
 
   void parameter_gradients(const Backward& f, int64_t tokens) const {

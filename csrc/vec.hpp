@@ -162,6 +162,58 @@ RNNFAST_INLINE void transpose(Reg<T>* r) {
   }
 }
 
+// Pairs of bfloat16 (the upper half of a float32) in 32 bits, the first in the lower half.
+using Words = typename Vector<uint32_t, LANES<float>>::type;
+RNNFAST_INLINE Words bits_of(Reg<float> x) {
+  Words b;
+  memcpy(&b, &x, sizeof b);
+  return b;
+}
+RNNFAST_INLINE Reg<float> from_bits(Words b) {
+  Reg<float> x;
+  memcpy(&x, &b, sizeof x);
+  return x;
+}
+RNNFAST_INLINE Words to_bfloat16(Reg<float> x) {  // to nearest, ties to even; NaN stays NaN
+  const Words b = bits_of(x), rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  return x != x ? (b >> 16) | 0x40u : rounded;
+}
+RNNFAST_INLINE Reg<float> pair_lanes(Reg<float> first, Reg<float> second) {
+  return from_bits(to_bfloat16(first) | (to_bfloat16(second) << 16));
+}
+template <class T>
+RNNFAST_INLINE Reg<T> pair_neighbours(Reg<T> a, Reg<T> b) {  // (a₀ a₁) (a₂ a₃) … (b₀ b₁) …
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512BF16__)
+  return (Reg<float>)(__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+  constexpr int L = LANES<T>;
+  if constexpr (L == 4)
+    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7));
+  else if constexpr (L == 8)
+    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+  else if constexpr (L == 16)
+    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+                      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  else
+    return pair_lanes(a, b);
+#endif
+}
+RNNFAST_INLINE Reg<float> broadcast_bits(const float* p) {
+  uint32_t b;
+  memcpy(&b, p, sizeof b);
+  return from_bits(b - Words{});
+}
+// sum + a₀ b₀ + a₁ b₁ of every lane's pairs.
+RNNFAST_INLINE Reg<float> add_pair_products(Reg<float> a, Reg<float> b, Reg<float> sum) {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512BF16__)
+  return (Reg<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  const Words u = bits_of(a), v = bits_of(b);
+  sum = fma<float>(from_bits(u << 16), from_bits(v << 16), sum);
+  return fma<float>(from_bits(u & 0xffff0000u), from_bits(v & 0xffff0000u), sum);
+#endif
+}
+
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2, the polynomials for (e^r − 1 − r) / r² fitted minimax in e^r − 1.
 template <class T>
 struct Exponential;

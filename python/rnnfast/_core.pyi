@@ -24,7 +24,7 @@ class Stream:
 
     state: Any
     def __init__(
-        self, cell: str, weights: list[list[Array | None]], batch: int, taps: int, skip: bool, fresh_h: Array | None, fresh_c: Array | None
+        self, cell: str, weights: list[list[Array | None]], compute: str, batch: int, taps: int, skip: bool, fresh_h: Array | None, fresh_c: Array | None
     ) -> None: ...
     def __call__(self, x: Array, out: Array | None = None) -> Array: ...
     def reset(self, mask: NDArray[np.bool_] | None = None) -> None: ...
@@ -37,6 +37,7 @@ def forward(
     layout: Layout,
     weights: list[Array | None],
     suffix: str,
+    compute: str,
     taps: int,
     reversed: bool,
     x: Array,
@@ -57,6 +58,7 @@ def backward(
     layout: Layout,
     weights: list[Array | None],
     suffix: str,
+    compute: str,
     taps: int,
     reversed: bool,
     x: Array,

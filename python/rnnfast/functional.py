@@ -93,6 +93,7 @@ class Tape:
     taps: int
     paired: bool  # is the state (h, c)?
     started: bool  # was the state given?
+    compute: str  # what products multiply
     checksum: int | None = None  # of x, in debug mode
     parts: list[tuple[int, int, Tape, NDArray[np.bool_]]] = field(default_factory=list, repr=False)  # see _forward_in_parts
 
@@ -162,6 +163,7 @@ def forward(
     cells: bool = False,
     tape: bool = True,
     snapshot: dict[str, _core.Packs] | None = None,
+    compute_dtype: str | None = None,
 ) -> Any:
     """Run layers of a recurrent cell over sequences: the equations of `rnnfast.reference.forward`, fused.
 
@@ -183,6 +185,9 @@ def forward(
         tape: whether to keep what `backward` needs.
         snapshot: a dict, empty at first, that holds the weights in the kernels' order from call to call; who passes it again promises that the
             parameters have not changed.
+        compute_dtype: "bfloat16" rounds both factors of every product to bfloat16, forward and backward, twice as fast where the CPU has
+            instructions for it; sums, states, the tape and everything returned stay float32. Two layers with H = 128, started as usual, are off
+            by up to 1 % of the largest output and 5 % of the largest gradient (20 % through a ReLU). None: x's dtype.
 
     Returns:
         y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
@@ -226,6 +231,7 @@ def forward(
         H = w_hh.shape[0] // gates if w_hh.ndim else 0
         raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x has shape {x.shape}")
     _expect(x, "x", "(T, B, I)", x.shape, w_ih.dtype, who)
+    compute = compute_dtype or x.dtype.name
     ends = _lengths(lengths, who)
     layout = _layout(x, ends, batch_sizes, who)
     T, B, lead = layout.T, layout.B, x.shape[:-1]
@@ -241,7 +247,7 @@ def forward(
     carries = lstm or who == "gru"
     paired = lstm or (who == "gru" and w_hr is not None)
     if cut is not None and output_taps > 1:
-        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells)
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute)
     fresh_h, fresh_c = (_initial(params, name, (L * D, 1, n), x.dtype, who) for name, n in (("h_0", S), ("c_0", H)))
     h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
     if carries and not paired:  # a GRU carries its own h
@@ -277,7 +283,7 @@ def forward(
                 at = (k if skip else d) * H
                 c_out = every_c[..., at : at + H]
             _core.forward(
-                cell, layout, run.weights, run.suffix, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
+                cell, layout, run.weights, run.suffix, compute, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
                 h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept,
                 None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()),
             )  # fmt: skip
@@ -287,7 +293,7 @@ def forward(
     final = h_T if c_T is None else (h_T, c_T)
     kept_tape = None
     if tape:
-        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None)
+        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None, compute)
         kept_tape.checksum = zlib.crc32(x.tobytes()) if _DEBUG else None
         result.flags.writeable = False
     return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
@@ -415,7 +421,7 @@ def backward(
             dreset_c = np.empty((run.events, H), dtype) if run.reset is not None and carries else None
             assert run.buffer is not None
             _core.backward(
-                tape.cell, tape.layout, run.weights, run.suffix, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
+                tape.cell, tape.layout, run.weights, run.suffix, tape.compute, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
                 run.fresh_c, run.buffer[: run.size], dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
                 None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
                 [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)],
@@ -457,7 +463,7 @@ def backward(
 
 def _forward_in_parts(
     cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
-    paired: bool, cells: bool,
+    paired: bool, cells: bool, compute: str,
 ) -> Any:  # fmt: skip
     T = len(x)
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
@@ -473,14 +479,14 @@ def _forward_in_parts(
             mixed = tuple(np.where(rows[:, None], b, a) for a, b in zip(old, new))
             mixed_state = mixed if paired else mixed[0]
         lengths = None if ends is None else np.clip(ends - t0, 0, t1 - t0)
-        y, state, whole, *c = forward(cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells)
+        y, state, whole, *c = forward(cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells, compute_dtype=compute)
         ys.append(y)
         cs.extend(c)
         if whole is not None:
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, parts=parts)
+        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, compute, parts=parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 

@@ -38,7 +38,7 @@ class _Recurrent(Module):
 
     def __init__(
         self, cell: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, bidirectional: bool,
-        proj_size: int, skip: bool, learn_initial_state: bool, forget_bias: float, dtype: DTypeLike, seed: int | None,
+        proj_size: int, skip: bool, learn_initial_state: bool, forget_bias: float, dtype: DTypeLike, seed: int | None, compute_dtype: str | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._snapshot: dict[str, Any] = {}
@@ -55,6 +55,9 @@ class _Recurrent(Module):
             raise ValueError(f"{name}: forget_bias needs bias=True")
         self.cell, self.bias, self.batch_first, self.dropout = cell, bool(bias), bool(batch_first), float(dropout)
         self.bidirectional, self.skip = bool(bidirectional), bool(skip)
+        if compute_dtype not in (None, "bfloat16", np.dtype(dtype).name) or (compute_dtype == "bfloat16" and np.dtype(dtype) != np.float32):
+            raise ValueError(f"{name}: compute_dtype must be bfloat16, with dtype float32, or None, got {compute_dtype!r} with {np.dtype(dtype)}")
+        self.compute_dtype = compute_dtype
         self.generator = np.random.default_rng(seed)
         G, H, I, D = self._gates, hidden_size, input_size, 1 + self.bidirectional
         R = proj_size or H
@@ -102,7 +105,7 @@ class _Recurrent(Module):
         return (1 + self.bidirectional) * (self.proj_size or self.hidden_size) * (self.num_layers if self.skip else 1)
 
     def __repr__(self) -> str:
-        options = {"num_layers": 1, "bidirectional": False, "proj_size": 0, "dropout": 0.0, "skip": False}
+        options = {"num_layers": 1, "bidirectional": False, "proj_size": 0, "dropout": 0.0, "skip": False, "compute_dtype": None}
         said = "".join(f", {k}={getattr(self, k)}" for k, default in options.items() if getattr(self, k) != default)
         return f"{self._name}({self.input_size}, {self.hidden_size}{said}, cell={self.cell!r}, dtype={self.dtype})"
 
@@ -153,7 +156,7 @@ class _Recurrent(Module):
             masks = [scale * (self.generator.random(shape, np.float32) >= self.dropout) for _ in range(self.num_layers - 1)]
         y, new, tape, *c = functional.forward(
             self.cell, x, state, self._parameters, num_layers=self.num_layers, bidirectional=self.bidirectional, skip=self.skip, lengths=lengths,
-            reset=reset, dropout_masks=masks, cells=cells, tape=training, snapshot=None if training else self._snapshot,
+            reset=reset, dropout_masks=masks, cells=cells, tape=training, snapshot=None if training else self._snapshot, compute_dtype=self.compute_dtype,
         )  # fmt: skip
         parts = [y, *c]
         if single:
@@ -208,7 +211,7 @@ class _Recurrent(Module):
             raise ValueError(f"{self._name}: a bidirectional layer has no stream: its reverse direction starts at the end of the sequence")
         weights = [functional._weights(self._parameters, f"_l{layer}", self._name) for layer in range(self.num_layers)]
         fresh = [self._parameters.get(key) for key in ("h_0", "c_0")]
-        stream = Stream(self.cell, weights, _whole(self._name, "batch", batch), 1, self.skip, *fresh)
+        stream = Stream(self.cell, weights, self.compute_dtype or self.dtype.name, _whole(self._name, "batch", batch), 1, self.skip, *fresh)
         if state is not None:
             stream.state = state
         return stream
@@ -235,6 +238,7 @@ class LSTM(_Recurrent):
         forget_bias: added to bias_ih's forget gate at the start; 1 or more helps with long gaps.
         dtype: "float32" or "float64".
         seed: of the start values U(-1/√H, 1/√H) and of dropout.
+        compute_dtype: "bfloat16" rounds the factors of every product, as `rnnfast.functional.forward` says; parameters and states stay float32.
 
     Sources: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate); Gers & Schmidhuber 2000 (peepholes); Sak et al. 2014
     (projection).
@@ -253,11 +257,11 @@ class LSTM(_Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, peephole: bool = False, skip: bool = False, learn_initial_state: bool = False,
-        forget_bias: float = 0.0, dtype: DTypeLike = "float32", seed: int | None = None,
+        forget_bias: float = 0.0, dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
             "lstm_peephole" if peephole else "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip,
-            learn_initial_state, forget_bias, dtype, seed,
+            learn_initial_state, forget_bias, dtype, seed, compute_dtype,
         )  # fmt: skip
 
 
@@ -285,13 +289,13 @@ class GRU(_Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, reset_after: bool = True, skip: bool = False, learn_initial_state: bool = False,
-        dtype: DTypeLike = "float32", seed: int | None = None,
+        dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
     ) -> None:  # fmt: skip
         if proj_size and not reset_after:
             raise ValueError("GRU: proj_size needs reset_after=True: r multiplies the H-wide state before the product")
         super().__init__(
             "gru" if reset_after else "gru_reset_before", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip,
-            learn_initial_state, 0.0, dtype, seed,
+            learn_initial_state, 0.0, dtype, seed, compute_dtype,
         )  # fmt: skip
 
 
@@ -311,13 +315,13 @@ class RNN(_Recurrent):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, nonlinearity: str = "tanh", skip: bool = False, learn_initial_state: bool = False,
-        dtype: DTypeLike = "float32", seed: int | None = None,
+        dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
     ) -> None:  # fmt: skip
         if nonlinearity not in ("tanh", "relu", "sigmoid", "identity"):
             raise ValueError(f"RNN: nonlinearity must be tanh, relu, sigmoid or identity, got {nonlinearity!r}")
         super().__init__(
             f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip, learn_initial_state,
-            0.0, dtype, seed,
+            0.0, dtype, seed, compute_dtype,
         )  # fmt: skip
 
 
@@ -458,7 +462,7 @@ class NarxStream:
         self._sizes = (layer.input_taps, batch, layer.input_size)
         self._x = np.zeros((batch, layer.input_taps * layer.input_size), layer.dtype)  # newest first; the first I are the present input
         weights = functional._weights(layer.parameters(), "_l0", "narx")
-        self._stream = Stream("rnn_sigmoid", [weights], batch, layer.output_taps, False, None, None)
+        self._stream = Stream("rnn_sigmoid", [weights], layer.dtype.name, batch, layer.output_taps, False, None, None)
         if state is not None:
             self.state = state
 

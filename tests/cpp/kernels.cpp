@@ -215,7 +215,7 @@ Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, i
   }
   j.dw_ih = r.dw_ih.data(), j.dw_hh = r.dw_hh.data(), j.db_ih = r.db_ih.data(), j.db_hh = r.db_hh.data();
 
-  const Block packs(k.packs_size(kind, dtype, j, workers / row_groups));
+  const Block packs(k.packs_size(kind, dtype, j, workers, row_groups));
   auto forward = [&](void* tape, bool packed) {
     j.tape = tape, j.packed = packed;
     with_workers(workers, row_groups, packs, k.scratch_size(kind, dtype, j, workers, row_groups, false),
