@@ -820,6 +820,11 @@ def _stack_op(
     if out is None:
         raise RuntimeError("rnnfast::stack takes CPU tensors of one float dtype, shaped as torch.nn's layers have them")
     y, h_T, c_T, tape = (x.new_empty(0) if t is None else t for t in out)
+    if grad:
+        end = 0
+        for size in _tape_sizes(x, h, weights, layers, directions, cell):
+            tape[end + size : end + _rounded(size)] = 0  # nobody writes there: equal calls give equal results
+            end += _rounded(size)
     return y, h_T, c_T, tape
 
 
@@ -831,19 +836,23 @@ def _stack_fake(
     y = x.new_empty((*x.shape[:-1], directions * h.shape[-1]))
     h_T = x.new_empty(0) if single else h.new_empty(h.shape)
     c_T = x.new_empty(0) if c is None else c.new_empty(c.shape)
-    if not train:
-        return y, h_T, c_T, x.new_empty(0)
+    size = sum(_rounded(n) for n in _tape_sizes(x, h, weights, layers, directions, cell)) if train else 0
+    return y, h_T, c_T, x.new_empty((size,))
+
+
+def _tape_sizes(x: Tensor, h: Tensor, weights: list[Tensor], layers: int, directions: int, cell: int) -> list[Any]:
+    """Of the tape's parts: every layer's y, then what each direction of each layer keeps."""
     tokens = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     each = len(weights) // (layers * directions)
     dtype = np.dtype(str(x.dtype).removeprefix("torch."))
-    size = layers * _rounded(tokens * directions * h.shape[-1])
+    sizes = [tokens * directions * h.shape[-1]] * layers
     for k in range(layers * directions):
         shapes = [tuple(int(n) for n in w.shape) for w in weights[k * each : k * each + each]]
         arrays = [np.empty(shape, dtype) for shape in shapes]
         biases, hr = (arrays[2:4] if each >= 4 else [None, None]), arrays[-1] if each % 2 else None
         one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None], 1, "")
-        size = size + _rounded(tokens * one)
-    return y, h_T, c_T, x.new_empty((size,))
+        sizes.append(tokens * one)
+    return sizes
 
 
 def _rounded(n: Any) -> Any:
