@@ -365,6 +365,34 @@ def test_what_is_not_plain_memory_goes_to_torch() -> None:
         torch.testing.assert_close(program.module()(x)[0], y, rtol=2e-5, atol=2e-5)
 
 
+def first(out: Any) -> Tensor:
+    result: Tensor = out if isinstance(out, Tensor) else first(out[0])
+    return result
+
+
+TRANSFORMS: dict[str, tuple[tuple[str, ...], Callable[[nn.Module, Tensor], Tensor]]] = {  # those that torch 2.13 can do, and for which modules
+    "grad": ((*LAYERS, *CELLS), lambda m, x: torch.func.grad(lambda v: first(m(v)).sum())(x)),
+    "jacrev": ((*LAYERS, *CELLS), lambda m, x: torch.func.jacrev(lambda v: first(m(v)))(x)),
+    "jvp": (("GRU", "RNN", *CELLS), lambda m, x: torch.func.jvp(lambda v: first(m(v)), (x,), (torch.ones_like(x),))[1]),
+    "hessian": (("GRU", "RNN", *CELLS), lambda m, x: torch.func.hessian(lambda v: first(m(v)).sum())(x)),
+    "vmap": (("GRUCell", "RNNCell"), lambda m, x: torch.func.vmap(lambda v: first(m(v)))(torch.stack([x, 2 * x]))),
+    "vmap of grad": (("LSTM",), lambda m, x: torch.func.vmap(torch.func.grad(lambda v: first(m(v)).sum()))(torch.stack([x, 2 * x]))),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # torch's forward derivatives script something
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize(("transform", "name"), [(t, name) for t, (names, _) in TRANSFORMS.items() for name in names])
+def test_transforms_are_as_good_as_torchs(transform: str, name: str) -> None:
+    a, b = twins(name, 3, 5)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    run = TRANSFORMS[transform][1]
+    expected = run(a, x)
+    torch.testing.assert_close(run(b, x), expected, rtol=2e-5, atol=2e-5)
+    with fast.installed():
+        torch.testing.assert_close(run(a, x), expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
 def test_autocast_computes_with_torchs_dtypes(name: str) -> None:
     m = {**LAYERS, **CELLS}[name][1](3, 5)
