@@ -70,7 +70,7 @@ class Bench:
     def share(self, what: str, shape: Shape, target: float | None, march: str = "native") -> Row:
         """Flops over time over peak, both at their best: other programs only ever make them slower."""
         self.peak(shape.dtype, march)
-        (figure,) = timing.alternate([ours(Problem(shape), 1)], self.rounds, self.seconds)
+        (figure,) = timing.alternate([ours(Problem(shape), 1)[-1]], self.rounds, self.seconds)
         peak = self.peak(shape.dtype, march)
         seconds = min(figure.blocks)  # the best block against the best peak
         return Row(what, shape.mode, shape.flops / seconds / peak, target, "share", seconds * 1e3)
@@ -158,7 +158,7 @@ def rows(bench: Bench) -> Iterator[Row]:
                 ),
                 ("projected to 128", dataclasses.replace(base, proj_size=128), base),
             ):
-                mine, reference = ours(Problem(shape), 1), ours(Problem(other), 1)
+                mine, reference = ours(Problem(shape), 1)[-1], ours(Problem(other), 1)[-1]
                 yield bench.cost(f"{cell} {what}, per flop", mode, mine, reference, shape.flops / other.flops, 1.3)
         side, rnn = narx(mode)
         yield bench.cost("NARX K=L=24 H=32 against RNN", mode, side, rnn, 1.0, 2.0)

@@ -1,8 +1,8 @@
 """Each library behind one interface: a shape in, the sides that can run it out. Only this file knows libraries.
 
-Every side gets the same weights and inputs, in its own favourite layout. rnnfast runs `functional`, the public pure
-functions, on weights that change between calls (nothing is packed in advance); onnxruntime keeps its weights as
-constants, which is its best mode.
+Every side gets the same weights and inputs, in its own favourite layout. A library's fastest mode counts, ours as any:
+training on weights that change between calls; inference also with the weights as constants, as onnxruntime always has
+them (rnnfast in eval mode); one step at a time with each library's way of doing that.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _nudge(weights: Array, k: int) -> None:
     weights[k % weights.shape[0], 0] *= 1.0001 if k % 2 else 0.9999
 
 
-def ours(problem: Problem, threads: int) -> Side:
-    """rnnfast.functional; streaming runs rnnfast's own handle, whose snapshot is its purpose."""
+def ours(problem: Problem, threads: int) -> list[Side]:
+    """rnnfast's sides: `functional`, whose weights may change between calls, and where nothing is trained a layer in eval mode, whose
+    weights are constants, and for one step the streaming handle."""
     shape = problem.shape
     params = {name: value.copy() for name, value in problem.params.items()}
     options: dict[str, Any] = {
@@ -99,21 +100,42 @@ def ours(problem: Problem, threads: int) -> Side:
     def enter() -> None:
         rnnfast.set_num_threads(threads)
 
-    if shape.mode == "streaming":
-        layer = rnnfast.LSTM(shape.I, shape.H) if shape.cell == "lstm" else rnnfast.GRU(shape.I, shape.H)
-        layer.load_state_dict(params)
+    def touch(k: int) -> None:
+        _nudge(first, k)
+
+    if shape.mode == "training":
+        return [Side("rnnfast", "training", threads, train, results, touch, enter)]
+    layer = layer_of(shape).eval()
+    layer.load_state_dict(problem.params)
+
+    def constant(k: int) -> Any:
+        return layer(x[k], lengths=problem.lengths)
+
+    sides = [Side("rnnfast", "eval mode", threads, constant, lambda k: {"y": constant(k)[0]}, enter=enter)]
+    if shape.mode == "inference":
+        sides.append(Side("rnnfast", "functional", threads, infer, results, touch, enter))
+    if shape.T == 1 and not shape.bidirectional and problem.lengths is None:
         stream = layer.stream(batch=shape.B)
-        out = np.empty((shape.B, shape.R), dtype=shape.dtype)
+        out = np.empty((shape.B, layer.output_size), dtype=shape.dtype)
         frames = [value[0] for value in x]
 
         def stream_results(k: int) -> dict[str, Array]:
             stream.reset()
             return {"y": np.array(stream(frames[k], out))[None]}
 
-        return Side("rnnfast", "stream", threads, lambda k: stream(frames[k], out), stream_results, enter=enter)
+        sides.append(Side("rnnfast", "stream", threads, lambda k: stream(frames[k], out), stream_results, enter=enter))
+    return sides
 
-    call = train if shape.mode == "training" else infer
-    return Side("rnnfast", shape.mode, threads, call, results, lambda k: _nudge(first, k), enter)
+
+def layer_of(shape: Shape) -> Any:
+    """The layer of a shape's cell and sizes."""
+    kind, _, form = shape.cell.partition("_")
+    special = {"peephole": {"peephole": True}, "reset_before": {"reset_after": False}}
+    options = {"nonlinearity": form} if kind == "rnn" else special.get(form, {})
+    return getattr(rnnfast, kind.upper())(
+        shape.I, shape.H, shape.num_layers, bidirectional=shape.bidirectional, proj_size=shape.proj_size, skip=shape.skip,
+        dtype=shape.dtype, **options,
+    )  # fmt: skip
 
 
 def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
@@ -180,7 +202,7 @@ def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
     modes = {"no_grad": infer, "inference_mode": infer_inference_mode, "grad": infer_grad}
     if shape.mode == "training":
         modes = {"training": train}
-    if shape.mode == "streaming":
+    if shape.T == 1 and shape.num_layers == 1 and not shape.bidirectional and lengths is None and not shape.proj_size and shape.mode != "training":
         modes |= _torch_cell(torch, shape, problem)
     for n in threads:
         for mode, call in modes.items():
@@ -188,7 +210,8 @@ def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
 
 
 def _torch_cell(torch: Any, shape: Shape, problem: Problem) -> dict[str, Any]:
-    cell = getattr(torch.nn, TORCH_CELLS[shape.cell] + "Cell")(shape.I, shape.H)
+    kind = {"nonlinearity": shape.cell[4:]} if shape.cell.startswith("rnn") else {}
+    cell = getattr(torch.nn, TORCH_CELLS[shape.cell] + "Cell")(shape.I, shape.H, dtype=getattr(torch, shape.dtype), **kind)
     with torch.no_grad():
         for name, parameter in cell.named_parameters():
             parameter.copy_(torch.from_numpy(problem.params[name + "_l0"].copy()))

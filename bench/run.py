@@ -32,12 +32,12 @@ def measure(shape: Shape, libraries: tuple[str, ...], rounds: int, seconds: floa
     candidates = peers.sides(problem, libraries)
     differences = {}
     for peer in {side.library: side for side in candidates}.values():
-        differences[peer.library] = timing.agree(ours, peer, problem.tolerance)
+        differences[peer.library] = max(timing.agree(mine, peer, problem.tolerance) for mine in ours)
     best = [
         timing.fastest([side for side in candidates if side.library == library])
         for library in dict.fromkeys(side.library for side in candidates)
     ]
-    mine, *theirs = timing.alternate([ours, *best], rounds, seconds)
+    mine, *theirs = timing.alternate([timing.fastest(ours), *best], rounds, seconds)
     roof = limits.roof(shape, threads, peak)
     records = []
     for t in (mine, *theirs):

@@ -101,7 +101,8 @@ CellKind kind_of(const std::string& cell) {
 Compute compute_of(const std::string& name, Dtype dtype, const std::string& who) {
   if (name == (dtype == FLOAT32 ? "float32" : "float64")) return OWN;
   if (name == "bfloat16" && dtype == FLOAT32) return BFLOAT16;
-  fail(who + "compute_dtype must be the parameters' own dtype, or bfloat16 where that is float32; got '" + name + "'");
+  if (name == "int8" && dtype == FLOAT32) return INT8;
+  fail(who + "compute_dtype must be the parameters' own dtype, or bfloat16 or int8 where that is float32; got '" + name + "'");
 }
 std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
 
@@ -396,6 +397,7 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   if (!h_0 || (carries(kind) && !c_0)) fail(check.who + "h_0 and c_0 must be given");
   if (reset && (!fresh_h || (carries(kind) && !fresh_c))) fail(check.who + "reset needs fresh states");
   take_reset(j, check, reset, INT64_MAX);
+  if (tape && j.compute == INT8) fail(check.who + "compute_dtype int8 is for inference: it keeps no tape");
   if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
   if (j.B == 0) return;
   Call call{kind, dtype, j, false, snapshot};

@@ -3,7 +3,8 @@
 // A and C are given as one pointer a row, so that gathered, strided and ragged rows need no copy. A panel holds NV registers' worth of
 // columns for every k: [k][NV][LANES]; the last panel is narrower. Every element is one chain of fused multiply-adds with k ascending,
 // whatever the tile, the k-block, the row count or the thread: equal inputs give equal bits. What is multiplied are the numbers themselves
-// or their roundings to bfloat16, two to an element (Exact, Halves; chosen by Products). Knows no time, cell or thread.
+// or their roundings to bfloat16, two to an element, or to bytes, four to an element (Exact, Halves, Bytes; chosen by Products). Knows no
+// time, cell or thread.
 #pragma once
 
 #include "vec.hpp"
@@ -24,11 +25,12 @@ RNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 RNNFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNFAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What the elements of A and W are, and how numbers become elements: DEPTH neighbouring k share one. The numbers themselves:
+// What the elements of A and W are, and how numbers become elements: DEPTH neighbouring k share one, and HEADER elements come before them.
+// The numbers themselves:
 template <class T>
 struct Exact {
   typedef T type;
-  static constexpr int DEPTH = 1;
+  static constexpr int DEPTH = 1, HEADER = 0;
   static RNNFAST_INLINE Reg<T> broadcast(const T* a) { return all(*a); }
   static RNNFAST_INLINE Reg<T> add_product(Reg<T> a, Reg<T> b, Reg<T> sum) { return fma<T>(a, b, sum); }
   // A register of elements from DEPTH·LANES neighbouring numbers, of which n are there; from n columns of DEPTH rows (null: zeros).
@@ -39,16 +41,57 @@ struct Exact {
 // Two bfloat16, the even k in the lower half; their products are exact in float32 and added to a float32 sum.
 struct Halves {
   typedef float type;
-  static constexpr int DEPTH = 2;
+  static constexpr int DEPTH = 2, HEADER = 0;
   static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
   static RNNFAST_INLINE Reg<float> add_product(Reg<float> a, Reg<float> b, Reg<float> sum) { return add_pair_products(a, b, sum); }
   static RNNFAST_INLINE Reg<float> along(const float* from, int64_t n) {
     constexpr int L = LANES<float>;
-    return pair_neighbours<float>(load(from, static_cast<int>(n < L ? n : L)), n > L ? load(from + L, static_cast<int>(n - L)) : all(0.0f));
+    return pair_neighbours(load(from, static_cast<int>(n < L ? n : L)), n > L ? load(from + L, static_cast<int>(n - L)) : all(0.0f));
   }
   static RNNFAST_INLINE Reg<float> across(const float* row, const float* next, int n) {
     return pair_lanes(load(row, n), next ? load(next, n) : all(0.0f));
   }
+};
+
+// Four whole numbers q = round(x / scale), with a scale for each row of A and each column of W, that makes the largest of them 127:
+// Σ x w ≈ scale_x scale_w Σ q_x q_w, summed exactly. A's bytes are q + 128, as the instruction wants them without a sign; 128 Σ q_w is
+// taken off at the end. The header of A is its scale and nothing, that of W its scales and the Σ q_w. Only A's rows and W's gates have this
+// form.
+struct Bytes {
+  typedef float type;
+  static constexpr int DEPTH = 4, HEADER = 2;
+  static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
+  static RNNFAST_INLINE Reg<float> add_product(Reg<float> a, Reg<float> b, Reg<float> sum) {
+    return from_bits(add_byte_products(bits_of(a), bits_of(b), bits_of(sum)));
+  }
+  static RNNFAST_INLINE Reg<float> value(Reg<float> sum, const float* a, Reg<float> scale, Reg<float> column_sum) {
+    return to_float(bits_of(sum) - (bits_of(column_sum) << 7)) * (all(*a) * scale);
+  }
+  // The scale of n numbers, NaN where one of them is not finite.
+  static float scale(const float* from, int64_t n) {
+    constexpr int L = LANES<float>;
+    Reg<float> largest = all(0.0f), not_finite = all(0.0f);
+    for (int64_t i = 0; i < n; i += L) {
+      const Reg<float> x = load(from + i, static_cast<int>(n - i < L ? n - i : L)), size = x < all(0.0f) ? -x : x;
+      largest = size > largest ? size : largest;
+      not_finite = not_finite + x * all(0.0f);
+    }
+    float lane[L], extra[L], result = 0, bad = 0;
+    store(lane, largest);
+    store(extra, not_finite);
+    for (int i = 0; i < L; ++i) result = lane[i] > result ? lane[i] : result, bad += extra[i];
+    return result / 127 + bad;
+  }
+  static RNNFAST_INLINE Reg<float> along(const float* from, int64_t n, Reg<float> inverse, float offset) {
+    constexpr int L = LANES<float>;
+    Words part[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t left = n - i * L;
+      part[i] = to_bytes((left > 0 ? load(from + i * L, static_cast<int>(left < L ? left : L)) : all(0.0f)) * inverse, offset);
+    }
+    return from_bits(join_neighbours(join_neighbours(part[0], part[1], 8), join_neighbours(part[2], part[3], 8), 16));
+  }
+  static float inverse(float scale) { return scale > 0x1p-120f ? 1 / scale : 0; }  // all else counts as 0, or becomes NaN by its scale
 };
 
 // One tile. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last register stores `tail` lanes.
@@ -58,14 +101,15 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   const T* row[MR];
   for (int r = 0; r < MR; ++r) row[r] = a[r];
   Reg<T> acc[MR][NV];
+  const auto start = [&](int r, int v) {
+    if (first) return load(first + v * L);
+    return v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
+  };
+  const T* const header = w;
+  w += E::HEADER * NV * L;
   for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) {
-      if (first)
-        acc[r][v] = load(first + v * L);
-      else
-        acc[r][v] = v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
-    }
-  for (int64_t k = 0, at = 0; k < K; ++k, at += step, w += NV * L) {
+    for (int v = 0; v < NV; ++v) acc[r][v] = E::HEADER ? all(T(0)) : start(r, v);
+  for (int64_t k = E::HEADER, at = k * step; k < K; ++k, at += step, w += NV * L) {
     if constexpr (MR < NV) {
       Reg<T> held[MR];
       for (int r = 0; r < MR; ++r) held[r] = E::broadcast(row[r] + at);
@@ -84,6 +128,7 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   }
   for (int r = 0; r < MR; ++r)
     for (int v = 0; v < NV; ++v) {
+      if constexpr (E::HEADER > 0) acc[r][v] = start(r, v) + E::value(acc[r][v], row[r], load(header + v * L), load(header + (NV + v) * L));
       if (v == NV - 1)
         store(c[r] + c_at + v * L, acc[r][v], tail);
       else
@@ -127,7 +172,7 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
                                        const T* first, T* const* c, int64_t c_at) {
   const int64_t full = tile_rows(nv);
   const int64_t width = nv * LANES<T>;
-  const int64_t K_block = rows <= full ? most(K, 1) : most(1, PANEL_BYTES / (width * static_cast<int64_t>(sizeof(T))));
+  const int64_t K_block = rows <= full || E::HEADER ? most(K, 1) : most(1, PANEL_BYTES / (width * static_cast<int64_t>(sizeof(T))));
   int64_t k = 0;
   do {
     const int64_t k_count = least(K_block, K - k);
@@ -196,6 +241,35 @@ __attribute__((noinline)) void pack_rows(const Panels<T>& p, int64_t panel, int6
   }
 }
 
+// pack_gates of bytes.
+__attribute__((noinline)) inline void pack_gate_bytes(const Panels<float>& p, int64_t panel, int64_t first_unit, int64_t units,
+                                                      const float* const* gate, int64_t pitch, float* to) {
+  constexpr int L = LANES<float>, D = Bytes::DEPTH;
+  const int nv = p.nv(panel);
+  for (int v = 0; v < nv; ++v) {
+    const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
+    const float* from = gate[v % p.slots] + unit * pitch;
+    const int64_t valid = least(L, units - unit);
+    float scale[L] = {}, inverse[L] = {};
+    for (int lane = 0; lane < valid; ++lane)
+      scale[lane] = Bytes::scale(from + lane * pitch, pitch), inverse[lane] = Bytes::inverse(scale[lane]);
+    Words sums = {};
+    for (int64_t k = Bytes::HEADER; k < p.K; k += L) {
+      const int64_t k0 = (k - Bytes::HEADER) * D;
+      Reg<float> square[L];
+      for (int lane = 0; lane < L; ++lane)
+        square[lane] = lane < valid ? Bytes::along(from + lane * pitch + k0, least(L * D, pitch - k0), all(inverse[lane]), 0) : all(0.0f);
+      transpose<float>(square);
+      for (int64_t i = 0; i < least(L, p.K - k); ++i) {
+        store(to + ((k + i) * nv + v) * L, square[i]);
+        sums = add_byte_products(Words{} + 0x01010101u, bits_of(square[i]), sums);
+      }
+    }
+    store(to + v * L, load(scale));
+    store(to + (nv + v) * L, from_bits(sums));
+  }
+}
+
 // Columns [m0, m1) of the matrix of K rows whose row k is from + k·pitch, as [m / PACKED_ROWS][element][m % PACKED_ROWS]: A of a product
 // over k with step PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
 template <class E, class T>
@@ -223,23 +297,35 @@ __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t colu
   }
 }
 
-// The products of a job, which computes in its own dtype or, in float32, in bfloat16.
+// What a job's products multiply: numbers of its own dtype; or in float32 also Halves; or, forward only, Bytes.
+enum class Factors { EXACT, HALVES, BYTES };
+
 template <class T>
 class Products {
  public:
-  explicit Products(bool bfloat16) : halves(sizeof(T) == sizeof(float) && bfloat16) {}
+  explicit Products(Factors factors_) : factors(sizeof(T) == sizeof(float) ? factors_ : Factors::EXACT) {}
 
-  int64_t elements(int64_t K) const { return halves ? ceil_div(K, 2) : K; }  // as which K numbers are multiplied
+  int64_t elements(int64_t K) const {  // as which K numbers are multiplied
+    return factors == Factors::EXACT ? K : factors == Factors::HALVES ? ceil_div(K, 2) : Bytes::HEADER + ceil_div(K, 4);
+  }
+  bool exact() const { return factors == Factors::EXACT; }
 
   // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
   __attribute__((noinline)) const T* const* encode(int64_t K, int64_t rows, const T* const* from, T* to, const T** at) const {
-    if (!halves) return from;
+    if (exact()) return from;
     if constexpr (sizeof(T) == sizeof(float)) {
       constexpr int L = LANES<T>;
-      for (int64_t r = 0; r < rows; ++r, to += elements(K)) {
+      const bool bytes = factors == Factors::BYTES;
+      const int64_t depth = bytes ? Bytes::DEPTH : Halves::DEPTH, count = elements(K), header = bytes ? Bytes::HEADER : Halves::HEADER;
+      for (int64_t r = 0; r < rows; ++r, to += count) {
         at[r] = to;
-        for (int64_t k = 0; k < K; k += 2 * L)
-          store(to + k / 2, Halves::along(from[r] + k, least(2 * L, K - k)), static_cast<int>(least(L, elements(K) - k / 2)));
+        if (bytes) to[0] = Bytes::scale(from[r], K);
+        const Reg<T> inverse = all(bytes ? Bytes::inverse(to[0]) : T(0));
+        for (int64_t e = header, k = 0; e < count; e += L, k += depth * L) {
+          const int64_t n = least(depth * L, K - k);
+          store(to + e, bytes ? Bytes::along(from[r] + k, n, inverse, 128) : Halves::along(from[r] + k, n),
+                static_cast<int>(least(L, count - e)));
+        }
       }
     }
     return at;
@@ -247,9 +333,13 @@ class Products {
   // As the functions of these names.
   void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t step, const T* w, const T* first, T* const* c,
                 int64_t c_at) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, step, w, first, c, c_at);
     visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, step, w, first, c, c_at); });
   }
   void gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate, int64_t pitch, T* to) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (factors == Factors::BYTES) return pack_gate_bytes(p, panel, first_unit, units, gate, pitch, to);
     visit([&](auto e) { pack_gates<decltype(e)>(p, panel, first_unit, units, gate, pitch, to); });
   }
   void rows(const Panels<T>& p, int64_t panel, int64_t K, const T* const* row, T* to) const {
@@ -263,10 +353,10 @@ class Products {
   template <class F>
   void visit(F f) const {
     if constexpr (sizeof(T) == sizeof(float))
-      if (halves) return f(Halves{});
+      if (factors == Factors::HALVES) return f(Halves{});
     f(Exact<T>{});
   }
-  const bool halves;
+  const Factors factors;
 };
 
 }  // namespace

@@ -14,7 +14,8 @@ namespace rnnfast {
 
 enum CellKind { RNN_TANH, RNN_RELU, RNN_SIGMOID, RNN_IDENTITY, LSTM, LSTM_PEEPHOLE, GRU, GRU_RESET_BEFORE, CELL_KINDS };
 enum Dtype { FLOAT32, FLOAT64, DTYPES };
-enum Compute { OWN, BFLOAT16 };  // what products multiply: numbers of the job's dtype, or in float32 their roundings; sums are of the dtype
+// What products multiply: numbers of the job's dtype, or in float32 their roundings, to bytes forward only. Sums are of the dtype.
+enum Compute { OWN, BFLOAT16, INT8 };
 
 // An array of tokens: element (t, row, j) is data[time[t]·step + index[row]·row + j].
 struct Tokens {

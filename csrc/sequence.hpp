@@ -63,7 +63,9 @@ struct Sequence {
   Sequence(const Job& job, const Worker& worker)
       : j(job),
         w(worker),
-        multiply(job.compute == rnnfast::BFLOAT16),
+        multiply(job.compute == rnnfast::BFLOAT16 ? Factors::HALVES
+                 : job.compute == rnnfast::INT8   ? Factors::BYTES
+                                                  : Factors::EXACT),
         H(job.H),
         S(job.R * job.taps),
         Hp(ceil_div(job.H, L) * L),
@@ -146,7 +148,7 @@ struct Sequence {
     const T** rows;
   };
   Encoded take_encoded(Arena& arena, int64_t rows_, int64_t K) const {
-    if (j.compute == rnnfast::OWN) return {nullptr, nullptr};
+    if (multiply.exact()) return {nullptr, nullptr};
     T* numbers = arena.take<T>(rows_ * elements(K));
     return {numbers, arena.take<const T*>(rows_)};
   }

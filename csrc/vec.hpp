@@ -162,7 +162,7 @@ RNNFAST_INLINE void transpose(Reg<T>* r) {
   }
 }
 
-// Pairs of bfloat16 (the upper half of a float32) in 32 bits, the first in the lower half.
+// Several narrow numbers in 32 bits, the first in the lowest: two bfloat16 (the upper half of a float32), or four bytes.
 using Words = typename Vector<uint32_t, LANES<float>>::type;
 RNNFAST_INLINE Words bits_of(Reg<float> x) {
   Words b;
@@ -181,21 +181,48 @@ RNNFAST_INLINE Words to_bfloat16(Reg<float> x) {  // to nearest, ties to even; N
 RNNFAST_INLINE Reg<float> pair_lanes(Reg<float> first, Reg<float> second) {
   return from_bits(to_bfloat16(first) | (to_bfloat16(second) << 16));
 }
-template <class T>
-RNNFAST_INLINE Reg<T> pair_neighbours(Reg<T> a, Reg<T> b) {  // (a₀ a₁) (a₂ a₃) … (b₀ b₁) …
+template <class W>
+RNNFAST_INLINE W join_neighbours(W a, W b, unsigned shift) {  // (a₀ a₁) (a₂ a₃) … (b₀ b₁) …
+  constexpr int L = sizeof(W) / 4;
+  if constexpr (L == 4)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) | (__builtin_shufflevector(a, b, 1, 3, 5, 7) << shift);
+  else if constexpr (L == 8)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) | (__builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15) << shift);
+  else if constexpr (L == 16)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) |
+           (__builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31) << shift);
+  else
+    return a | (b << shift);
+}
+RNNFAST_INLINE Reg<float> pair_neighbours(Reg<float> a, Reg<float> b) {
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512BF16__)
   return (Reg<float>)(__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 #else
-  constexpr int L = LANES<T>;
-  if constexpr (L == 4)
-    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6), __builtin_shufflevector(a, b, 1, 3, 5, 7));
-  else if constexpr (L == 8)
-    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14), __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
-  else if constexpr (L == 16)
-    return pair_lanes(__builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-                      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
-  else
-    return pair_lanes(a, b);
+  return from_bits(join_neighbours(to_bfloat16(a), to_bfloat16(b), 16));
+#endif
+}
+// x to the nearest whole number plus `offset`, in a byte of each word; |x| must be under 2^21.
+RNNFAST_INLINE Words to_bytes(Reg<float> x, float offset) { return bits_of(x + all(0x1.8p+23f + offset)) & 0xffu; }
+RNNFAST_INLINE Reg<float> to_float(Words whole) {  // of a signed whole number
+  typedef typename Vector<int32_t, LANES<float>>::type Signed;
+  Signed s;
+  memcpy(&s, &whole, sizeof s);
+#if defined(RNNFAST_SCALAR)
+  return static_cast<float>(s);
+#else
+  return __builtin_convertvector(s, Reg<float>);
+#endif
+}
+// sum + a₀ b₀ + … + a₃ b₃ of every lane's bytes, a's without and b's with a sign.
+RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512VNNI__)
+  return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  for (unsigned i = 0; i < 32; i += 8) {
+    const Words byte = (b >> i) & 0xffu, sign = byte & 0x80u;
+    sum = sum + ((a >> i) & 0xffu) * (byte - sign - sign);
+  }
+  return sum;
 #endif
 }
 RNNFAST_INLINE Reg<float> broadcast_bits(const float* p) {

@@ -55,8 +55,8 @@ class _Recurrent(Module):
             raise ValueError(f"{name}: forget_bias needs bias=True")
         self.cell, self.bias, self.batch_first, self.dropout = cell, bool(bias), bool(batch_first), float(dropout)
         self.bidirectional, self.skip = bool(bidirectional), bool(skip)
-        if compute_dtype not in (None, "bfloat16", np.dtype(dtype).name) or (compute_dtype == "bfloat16" and np.dtype(dtype) != np.float32):
-            raise ValueError(f"{name}: compute_dtype must be bfloat16, with dtype float32, or None, got {compute_dtype!r} with {np.dtype(dtype)}")
+        if compute_dtype not in ((None, "float32", "bfloat16", "int8") if np.dtype(dtype) == np.float32 else (None, "float64")):
+            raise ValueError(f"{name}: compute_dtype must be bfloat16 or int8, with dtype float32, or None, got {compute_dtype!r} with {np.dtype(dtype)}")
         self.compute_dtype = compute_dtype
         self.generator = np.random.default_rng(seed)
         G, H, I, D = self._gates, hidden_size, input_size, 1 + self.bidirectional
@@ -238,7 +238,8 @@ class LSTM(_Recurrent):
         forget_bias: added to bias_ih's forget gate at the start; 1 or more helps with long gaps.
         dtype: "float32" or "float64".
         seed: of the start values U(-1/√H, 1/√H) and of dropout.
-        compute_dtype: "bfloat16" rounds the factors of every product, as `rnnfast.functional.forward` says; parameters and states stay float32.
+        compute_dtype: "bfloat16", or in eval mode "int8", rounds the factors of every product, as `rnnfast.functional.forward` says; parameters
+            and states stay float32.
 
     Sources: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate); Gers & Schmidhuber 2000 (peepholes); Sak et al. 2014
     (projection).

@@ -1,4 +1,4 @@
-"""compute_dtype="bfloat16": the oracle with both factors of every product rounded, the bitwise laws, and how far the rounding takes a result.
+"""compute_dtype: the oracle with both factors of every product rounded, the bitwise laws, and how far the rounding takes a result.
 
 The oracle is `rnnfast.reference` itself, unchanged: it computes on an array type that rounds what it multiplies.
 """
@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import rnnfast
-from problems import Problem, arrays, cast, error, layer_of, map_floats, results
+from problems import Problem, arrays, cast, error, layer_of, map_floats, named, results
 from rnnfast import functional, reference
 from shapes import Shape
 from test_kernels import PROBLEMS
@@ -20,33 +20,57 @@ SOME = [problem for problem in PROBLEMS if problem.dims.T * problem.dims.B > 0][
 CELLS = list(reference.CELLS)
 
 
-def rounded(array: Any) -> Any:
-    """To bfloat16, the upper half of a float32, to nearest and ties to even."""
+def to_bfloat16(array: Any) -> Any:
+    """The upper half of a float32, to nearest and ties to even."""
     array = np.asarray(array)
     bits = array.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(array.dtype)
 
 
+def to_int8(array: Any, axis: int) -> Any:
+    """Whole numbers from -127 to 127 times a scale for each row (axis -1) or column (-2)."""
+    array = np.asarray(array)
+    scale = np.abs(array).max(axis=axis, keepdims=True, initial=0) / 127
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, np.rint(array / scale), 0) * scale
+
+
 class Rounds(np.ndarray[Any, Any]):
     """An array whose products round both factors to bfloat16."""
+
+    @staticmethod
+    def factors(a: Any, b: Any) -> tuple[Any, Any]:
+        return to_bfloat16(a), to_bfloat16(b)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: tuple[Any, ...] = (), **options: Any) -> Any:
         given = [np.asarray(value) for value in inputs]
         if ufunc is np.matmul:
-            given = [rounded(value) for value in given]
+            given = list(self.factors(*given))
         if out:
             options["out"] = tuple(np.asarray(value) for value in out)
         result = getattr(ufunc, method)(*given, **options)
-        return out[0] if out else np.asarray(result).view(Rounds)
+        return out[0] if out else np.asarray(result).view(type(self))
 
     def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
         result = super().__array_function__(function, types, arguments, options)
-        return map_floats(lambda array: array.view(Rounds), result)
+        return map_floats(lambda array: array.view(type(self)), result)
+
+
+class RoundsToBytes(Rounds):
+    """The same to int8: a row of the left factor and a column of the right one have a scale each."""
+
+    @staticmethod
+    def factors(a: Any, b: Any) -> tuple[Any, Any]:
+        return to_int8(a, -1), to_int8(b, -2)
 
 
 def oracle(cell: str, a: Any) -> dict[str, Any]:
     tensordot = np.tensordot
-    with mock.patch.object(np, "tensordot", lambda a, b, **axes: tensordot(rounded(a), rounded(b), **axes)):  # of arrays that are no longer Rounds
+
+    def rounding(a: Any, b: Any, axes: Any) -> Any:  # of arrays that are no longer Rounds
+        return tensordot(*Rounds.factors(a, b), axes=axes)
+
+    with mock.patch.object(np, "tensordot", rounding):
         found = results(reference, cell, map_floats(lambda array: array.copy().view(Rounds), a))
     return {name: np.asarray(array) for name, array in found.items()}
 
@@ -142,11 +166,62 @@ def test_a_layer_learns(target: str) -> None:
     assert last < first / 2
 
 
+def outputs(implementation: Any, cell: str, a: Any, **options: Any) -> dict[str, Any]:
+    y, state, _, *c = implementation.forward(cell, a.x, a.state, a.params, **a.options, tape=False, **options)
+    return {"y": np.asarray(y), **{name: np.asarray(part) for name, part in named(state).items()}, **({"every c": np.asarray(c[0])} if c else {})}
+
+
+@pytest.mark.parametrize("problem", SOME, ids=str)
+def test_int8_is_the_oracle_that_rounds(problem: Problem, target: str) -> None:
+    """Within a hundredth of a scale's step, but where a number on the border between two bytes falls to the other side, as NumPy's do too."""
+    a = arrays(problem, "float32")
+    exact = outputs(reference, problem.cell, map_floats(lambda array: array.view(RoundsToBytes), cast(a, np.float64)))
+    plain = outputs(reference, problem.cell, map_floats(lambda array: array.view(RoundsToBytes), a))
+    for name, found in outputs(functional, problem.cell, a, compute_dtype="int8").items():
+        allowed = max(2 * error(plain[name], exact[name]), 1e-4 * float(np.abs(exact[name]).max(initial=0)))
+        assert error(found, exact[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_int8_costs_what_the_documentation_says(cell: str) -> None:
+    a = arrays(Problem(cell, Shape(40, 16, 64, 128, "as people run it"), layers=2), "float32")
+    exact = outputs(reference, cell, cast(a, np.float64))
+    for name, found in outputs(functional, cell, a, compute_dtype="int8").items():
+        assert 1e-4 < error(found, exact[name]) / np.abs(exact[name]).max() <= 0.03, name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bitwise_laws_hold_in_int8(cell: str, target: str, set_num_threads: Callable[[int], None]) -> None:
+    for dims in (Shape(6, 40, 33, 70, "rows"), Shape(6, 3, 40, 330, "units")):
+        problem = Problem(cell, dims, layers=2)
+        a = arrays(problem, "float32")
+        layer = layer_of(problem, "float32", a.params, compute_dtype="int8").eval()
+        set_num_threads(1)
+        y = layer(a.x)[0]
+        set_num_threads(3)
+        assert layer(a.x)[0].tobytes() == y.tobytes()
+        assert functional.forward(cell, a.x, None, a.params, num_layers=2, tape=False, compute_dtype="int8")[0].tobytes() == y.tobytes()
+        stream = layer.stream(batch=a.x.shape[1])
+        assert np.stack([stream(step) for step in a.x]).tobytes() == y.tobytes()
+        assert layer(np.ascontiguousarray(a.x[:, 1:2]))[0].tobytes() == y[:, 1:2].tobytes()
+
+
+def test_int8_extremes(target: str) -> None:
+    """What is not finite makes its row NaN and no other; zeros are zeros."""
+    one = {"weight_ih_l0": np.ones((1, 2), np.float32), "weight_hh_l0": np.zeros((1, 1), np.float32)}
+    x = np.array([[np.nan, 1], [np.inf, 1], [0, 0], [-127, 1], [1e-42, 0], [3e38, 0]], np.float32)
+    y = functional.forward("rnn_identity", x[None], None, one, compute_dtype="int8", tape=False)[0].ravel()
+    np.testing.assert_allclose(y, np.array([np.nan, np.nan, 0, -126, 0, 3e38]), rtol=1e-6)
+
+
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="GRU: compute_dtype must be bfloat16, with dtype float32, or None, got 'float16' with float32"):
+    layer = rnnfast.GRU(2, 3, compute_dtype="int8")
+    with pytest.raises(ValueError, match=r"gru: compute_dtype int8 is for inference: it keeps no tape"):
+        layer(np.zeros((4, 1, 2), np.float32))
+    with pytest.raises(ValueError, match="GRU: compute_dtype must be bfloat16 or int8, with dtype float32, or None, got 'float16' with float32"):
         rnnfast.GRU(2, 3, compute_dtype="float16")
-    with pytest.raises(ValueError, match="LSTM: compute_dtype must be bfloat16, with dtype float32, or None, got 'bfloat16' with float64"):
+    with pytest.raises(ValueError, match="LSTM: compute_dtype must be bfloat16 or int8, with dtype float32, or None, got 'bfloat16' with float64"):
         rnnfast.LSTM(2, 3, dtype="float64", compute_dtype="bfloat16")
     a = arrays(Problem("gru"), "float64")
-    with pytest.raises(ValueError, match="gru: compute_dtype must be the parameters' own dtype, or bfloat16"):
+    with pytest.raises(ValueError, match="gru: compute_dtype must be the parameters' own dtype, or bfloat16 or int8"):
         functional.forward("gru", a.x, None, a.params, compute_dtype="bfloat16")
