@@ -459,8 +459,13 @@ def test_the_custom_operation_passes_opcheck(name: str) -> None:
     m = fast.compilable({**LAYERS, **CELLS}[name][0](3, 5))
     x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)), requires_grad=True)
     states = [torch.randn(*((1, 2, 5) if name in LAYERS else (2, 5)), requires_grad=True) for _ in range(2)]
-    given = (x, None, states[0], states[1] if m.paired else None, [getattr(m, n) for n in m.names], m.cell, 1, 1, False, True)
-    torch.library.opcheck(torch.ops.rnnfast.stack.default, given)
+    c = states[1] if m.paired else None
+    weights = [getattr(m, n) for n in m.names]
+    torch.library.opcheck(torch.ops.rnnfast.stack.default, (x, None, states[0], c, weights, m.cell, 1, 1, False, True))
+    y, h_T, c_T, tape = torch.ops.rnnfast.stack(x, None, states[0], c, weights, m.cell, 1, 1, False, True)
+    ends = (None if name in CELLS else torch.ones_like(h_T), torch.ones_like(c_T) if m.paired else None)
+    backward = (x, None, states[0], c, weights, tape.detach(), torch.ones_like(y), *ends, m.cell, 1, 1, False)
+    torch.library.opcheck(torch.ops.rnnfast.stack_backward.default, backward, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -495,6 +500,39 @@ def test_compilable_models_equal_the_plain_ones(name: str) -> None:
     for one, two in zip(found[:2], found[2:]):
         for t, u in zip(one, two, strict=True):
             torch.testing.assert_close(u, t, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_compilable_modules_are_differentiable_twice(name: str) -> None:
+    m = fast.compilable({**LAYERS, **CELLS}[name][0](2, 3, dtype=torch.float64))
+    x = torch.randn(*((2, 2, 2) if name in LAYERS else (2, 2)), dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(m(x)))
+
+    assert torch.autograd.gradgradcheck(run, (x, *m.parameters()), nondet_tol=0.0, fast_mode=True)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_compilable_modules_take_packed_sequences(name: str, enforce_sorted: bool) -> None:
+    a = LAYERS[name][0](3, 5, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    b = fast.compilable(copy.deepcopy(a))
+    lengths = torch.tensor([6, 6, 3, 1] if enforce_sorted else [3, 6, 1, 6])
+    state: Any = [torch.randn(4, 4, 5, dtype=torch.float64) for _ in range(2 if name == "LSTM" else 1)]
+    state = tuple(state) if name == "LSTM" else state[0]
+    torch.compiler.reset()
+    for hx in (None, state):
+        found = []
+        compiled = torch.compile(b, fullgraph=True, backend="eager") if hx is not None or not enforce_sorted else b  # else B is a value, no shape
+        for m in (a, b, compiled):
+            x = torch.ones(4, 6, 3, dtype=torch.float64, requires_grad=True)
+            parts = flat(m(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=enforce_sorted), hx))
+            found.append([*parts, *torch.autograd.grad(sum((t * t).sum() for t in parts), (x, *m.parameters()))])  # type: ignore[arg-type]
+        for other in found[1:]:
+            for t, u in zip(found[0], other, strict=True):
+                torch.testing.assert_close(u, t, rtol=1e-12, atol=1e-12)
 
 
 def test_a_compilable_model_is_one_node_a_layer() -> None:

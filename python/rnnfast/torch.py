@@ -895,6 +895,30 @@ def _stack_gradient(ctx: Any, dy: Any, dh_T: Any, dc_T: Any, dtape: Any) -> tupl
     return dx, None, dh, dc if c is not None else None, dw, None, None, None, None, None
 
 
+def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, batch_sizes, h, c, weights, _, dy, dh_T, dc_T, *sizes = inputs
+    ctx.sizes, ctx.single = sizes, batch_sizes is None and x.dim() == 2
+    ctx.save_for_backward(batch_sizes, x, h, c, *weights, dy, dh_T, dc_T)
+
+
+def _second_gradient(ctx: Any, given: list[Tensor | None]) -> tuple[Any, ...]:
+    """By torch's own operations, run again from the start."""
+    batch_sizes, *saved = ctx.saved_tensors
+    cell, layers, directions, batch_first = ctx.sizes
+    call = _Call(cell, layers, directions, batch_first, batch_sizes, ctx.single)
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves: list[Any] = [None if t is None else t.view_as(t) if create and t.requires_grad else t.detach().requires_grad_() for t in saved]
+        x, h, c, *weights = leaves[:-3]
+        gradients = [leaves[-3], *([] if ctx.single else [leaves[-2]]), *([] if c is None else [leaves[-1]])]
+        first = _differentiable_backward(call, x, h, c, weights, gradients, [t is not None for t in leaves[:-3]])
+        pairs = [(out, g) for out, g in zip(first, given) if out is not None and g is not None and out.requires_grad]
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=create, allow_unused=True))
+    dx, dh, dc, *dw, ddy, ddh, ddc = [None if t is None else next(found) for t in leaves]
+    return dx, None, dh, dc, dw, None, ddy, ddh, ddc, None, None, None, None
+
+
 _op = torch.library.custom_op(
     "rnnfast::stack", _stack_op, mutates_args=(), schema=f"({_TENSORS}, {_SIZES}, bool train) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -905,12 +929,13 @@ _backward_op = torch.library.custom_op(
     schema=f"({_TENSORS}, Tensor tape, Tensor? dy, Tensor? dh_T, Tensor? dc_T, {_SIZES}) -> Tensor[]",
 )  # fmt: skip
 _backward_op.register_fake(_stack_backward_fake)
+_backward_op.register_autograd(_second_gradient, setup_context=_second_setup)
 
 
 class Compilable(nn.Module):
     """A recurrent layer or cell of torch.nn as one node of a compiled graph (one a layer under dropout); `compilable` makes them.
 
-    Parameters and their names are the original's. Takes padded input, as the original does, not a PackedSequence.
+    Parameters and their names are the original's, and so is what it takes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -930,42 +955,53 @@ class Compilable(nn.Module):
             self.register_parameter(name, parameter)
         self.train(module.training)
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """(y, h_T) or (y, (h_T, c_T)) as the original; cells give h or (h, c)."""
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, order, back = input
+            if hx is not None and order is not None:
+                hx = tuple(s.index_select(1, order) for s in hx) if self.paired else hx.index_select(1, order)
+            y, h_T, c_T = self._run(data, batch_sizes, hx, int(batch_sizes[0]) if order is None else order.shape[0])
+            if back is not None:
+                h_T, c_T = h_T.index_select(1, back), c_T.index_select(1, back) if self.paired else c_T
+            return PackedSequence(y, batch_sizes, order, back), (h_T, c_T) if self.paired else h_T
         full = 2 if self.is_cell else 3
         if input.dim() not in (full - 1, full) or input.shape[-1] != self.input_size:
             raise RuntimeError(f"input must have {full - 1} or {full} dimensions, the last {self.input_size} wide; got {tuple(input.shape)}")
         batched = input.dim() == full
         at = 0 if self.is_cell or self.batch_first else 1
         x = input if batched else input.unsqueeze(at)
-        weights = [getattr(self, name) for name in self.names]
-        lead = (x.shape[0],) if self.is_cell else (self.layers * self.directions, x.shape[at])
-        if hx is None:
-            h, c = x.new_zeros((*lead, self.output_size)), x.new_zeros((*lead, self.hidden_size)) if self.paired else None
-        else:
-            h, c = hx if self.paired else (hx, None)
-            if not batched:
-                h, c = h.unsqueeze(-2), None if c is None else c.unsqueeze(-2)
-        train = torch.is_grad_enabled()
-        op, D = torch.ops.rnnfast.stack, self.directions
-        if self.dropout == 0 or not self.training or self.layers == 1:
-            y, h_T, c_T, _ = op(x, None, h, c, weights, self.cell, self.layers, D, self.batch_first, train)
-        else:
-            each, ends = len(weights) // self.layers, []
-            y = x.transpose(0, 1) if self.batch_first else x
-            for layer in range(self.layers):
-                y = torch.dropout(y, self.dropout, True) if layer > 0 else y
-                h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
-                y, *end = op(y, None, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, train)
-                ends.append(end)
-            y = y.transpose(0, 1) if self.batch_first else y
-            h_T, c_T = torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends])
+        if hx is not None and not batched:
+            hx = tuple(s.unsqueeze(-2) for s in hx) if self.paired else hx.unsqueeze(-2)
+        y, h_T, c_T = self._run(x, None, hx, x.shape[at])
         if self.is_cell:
             h_T = y
         if not batched:
             y, h_T, c_T = y.squeeze(at), h_T.squeeze(-2), c_T.squeeze(-2) if self.paired else c_T
         state = (h_T, c_T) if self.paired else h_T
         return state if self.is_cell else (y, state)
+
+    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """y, h_T and c_T of batched or packed input."""
+        weights = [getattr(self, name) for name in self.names]
+        lead = (rows,) if self.is_cell else (self.layers * self.directions, rows)
+        if hx is None:
+            h, c = x.new_zeros((*lead, self.output_size)), x.new_zeros((*lead, self.hidden_size)) if self.paired else None
+        else:
+            h, c = hx if self.paired else (hx, None)
+        train = torch.is_grad_enabled()
+        op, D, batch_first = torch.ops.rnnfast.stack, self.directions, self.batch_first and batch_sizes is None
+        if self.dropout == 0 or not self.training or self.layers == 1:
+            y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.layers, D, batch_first, train)
+            return y, h_T, c_T
+        each, ends = len(weights) // self.layers, []
+        y = x.transpose(0, 1) if batch_first else x
+        for layer in range(self.layers):
+            y = torch.dropout(y, self.dropout, True) if layer > 0 else y
+            h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
+            y, *end = op(y, batch_sizes, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, train)
+            ends.append(end)
+        return y.transpose(0, 1) if batch_first else y, torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends])
 
 
 def compilable(model: nn.Module) -> nn.Module:
