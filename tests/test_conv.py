@@ -70,9 +70,16 @@ def test_pooling_is_torchs_and_leaves_the_rest_out():
         np.testing.assert_array_equal(ours, reference)
 
 
-@pytest.mark.parametrize("kind", ["relu", "elu", "sigmoid", "tanh"])
+def test_of_equal_numbers_the_first_takes_the_gradient():
+    pool = MaxPool2d(2)
+    pool(np.array([[[2.0, 2.0], [2.0, 1.0]], [[0.0, 3.0], [3.0, 3.0]]]))
+    assert pool.backward(np.ones((2, 1, 1))).tolist() == [[[1, 0], [0, 0]], [[0, 1], [0, 0]]]
+
+
+@pytest.mark.parametrize("kind", ["relu", "elu", "sigmoid", "tanh", "glu"])
 def test_activations_are_torchs(kind):
-    theirs = {"relu": torch.relu, "elu": torch.nn.functional.elu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[kind]
+    functions = {"relu": torch.relu, "elu": torch.nn.functional.elu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "glu": torch.nn.functional.glu}
+    theirs = functions[kind]
     x = np.concatenate((np.random.default_rng(0).standard_normal(50) * 3, [-800.0, 800.0]))
     for ours, reference in zip(*_both(Activation(kind), theirs, x), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-13, atol=1e-15)
@@ -107,6 +114,8 @@ def test_errors_name_what_is_wrong():
         CausalConv1d(2, 3, 2)(np.ones((4, 1, 2)))
     with pytest.raises(ValueError, match="at least"):
         Conv2d(1, 1, 5)(np.ones((1, 1, 3, 3), np.float32))
+    with pytest.raises(ValueError, match="2H"):
+        Activation("glu")(np.ones((4, 3)))
     with pytest.raises(ValueError, match="relu, elu"):
         Activation("swish")
     with pytest.raises(ValueError, match="kernel_size"):

@@ -258,21 +258,30 @@ class Flatten(_Map):
         return dx
 
 
-_ACTIVATIONS = ("relu", "elu", "sigmoid", "tanh")
+_ACTIVATIONS = ("relu", "elu", "sigmoid", "tanh", "glu")
+
+
+def _sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))  # never overflows
+    y: Array = np.where(x >= 0, 1, e) / (1 + e)
+    return y
 
 
 class Activation(_Map):
-    """One of the usual nonlinearities, element by element, for any shape.
+    """One of the usual nonlinearities, element by element, for any shape; "glu" gates one half of the last axis with the other.
 
         relu   y = max(x, 0)                dx = dy [x > 0]
         elu    y = x, or e^x - 1 below 0    dx = dy, or dy (y + 1)
         sigmoid  y = 1 / (1 + e^-x)         dx = dy y (1 - y)
         tanh   y = tanh x                   dx = dy (1 - y²)
+        glu    y = a σ(b), x = [a, b]       da = dy σ(b), db = dy a σ(b) (1 - σ(b))      x (..., 2H) -> y (..., H)
 
-    Raises ValueError for another name.
+    Raises ValueError for another name, and for "glu" of an odd width. Source of "glu": Dauphin, Fan, Auli & Grangier 2017.
 
     >>> Activation("relu")(np.array([-1.0, 2.0])).tolist()
     [0.0, 2.0]
+    >>> Activation("glu")(np.array([3.0, 0.0])).tolist()
+    [1.5]
     """
 
     def __init__(self, kind: str) -> None:
@@ -283,6 +292,12 @@ class Activation(_Map):
 
     def _forward(self, x: Array) -> tuple[Array, Any]:
         y: Array
+        if self.kind == "glu":
+            if x.shape[-1:] == () or x.shape[-1] % 2:
+                raise ValueError(f"Activation: glu needs x of shape (..., 2H), got {x.shape}")
+            half, gate = x[..., : x.shape[-1] // 2], _sigmoid(x[..., x.shape[-1] // 2 :])
+            y = half * gate
+            return y, (y, half, gate)
         if self.kind == "relu":
             y = np.maximum(x, 0)
         elif self.kind == "elu":
@@ -290,14 +305,15 @@ class Activation(_Map):
         elif self.kind == "tanh":
             y = np.tanh(x)
         else:
-            e = np.exp(-np.abs(x))  # never overflows
-            y = np.where(x >= 0, 1, e) / (1 + e)
-        return y, y
+            y = _sigmoid(x)
+        return y, (y,)
 
     def _backward(self, tape: Any, dy: Array) -> Array:
-        y: Array = tape
+        y: Array = tape[0]
         if dy.shape != y.shape:
             raise ValueError(f"Activation: dy must have shape {y.shape}, got {dy.shape}")
+        if self.kind == "glu":
+            return np.concatenate((dy * tape[2], dy * y * (1 - tape[2])), axis=-1)
         if self.kind == "relu":
             return np.where(y > 0, dy, 0)
         slope: Array = np.where(y > 0, 1, y + 1) if self.kind == "elu" else y * (1 - y) if self.kind == "sigmoid" else 1 - y * y
