@@ -1,6 +1,7 @@
 """What every example shares: its arguments, the line that holds a number against its bar, and an empty picture.
 
-seeds    an example trains once a seed (3 of them, one with --quick); the bar applies to the median, the worst is printed beside it
+seeds    an example trains once a seed (3 of them where that fits five minutes of two cores, one with --quick); the bar applies to the median, the
+         worst is printed beside it
 figure   docs/figures/NAME.png; with --quick nothing is drawn unless --figure says where
 It knows neither models nor data.
 """
@@ -24,15 +25,15 @@ class Arguments(NamedTuple):
     seeds: list[int]
 
 
-def arguments(name: str, doc: str | None, given: Sequence[str] | None) -> Arguments:
-    """Reads --quick, --figure PATH and --seeds N; `doc` is the script's docstring."""
+def arguments(name: str, doc: str | None, given: Sequence[str] | None, seeds: int = 3) -> Arguments:
+    """Reads --quick, --figure PATH and --seeds N (default: `seeds`); `doc` is the script's docstring."""
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that takes seconds")
     parser.add_argument("--figure", type=Path, help=f"where the picture goes (default: docs/figures/{name}.png, none with --quick)")
-    parser.add_argument("--seeds", type=int, help="how many seeds (default: 3, with --quick 1)")
+    parser.add_argument("--seeds", type=int, help=f"how many seeds (default: {seeds}, with --quick 1)")
     args = parser.parse_args(given)
     figure = args.figure or (None if args.quick else FIGURES / f"{name}.png")
-    return Arguments(args.quick, figure, list(range(args.seeds or (1 if args.quick else 3))))
+    return Arguments(args.quick, figure, list(range(args.seeds or (1 if args.quick else seeds))))
 
 
 def verdict(what: str, values: Sequence[float], bar: float, *, low: bool = True, form: str = ".4g") -> float:

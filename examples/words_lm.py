@@ -30,7 +30,7 @@ from report import arguments, picture, save, verdict
 from rnnfast import Adam, Dropout, Embedding, Graph, Linear, losses, optim, training
 from rnnfast.conv import Activation, CausalConv1d
 from rnnfast.data import Batch, standard_library
-from rnnfast.models import KneserNey, TiedLinear, language_model, nearest, ngrams, sample, stepper
+from rnnfast.models import AdaptiveSoftmax, KneserNey, language_model, nearest, ngrams, sample, stepper
 
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 
@@ -74,19 +74,25 @@ def load(quick: bool = False) -> Text:
     return Text(words, *(np.array([i for row in part for i in [*(index.get(w, 1) for w in row), 0]]) for part in parts))
 
 
-def tdnn(vocabulary: int, seed: int, projection: int = 64, hidden: int = 256) -> Graph:
-    """The word is predicted from the 5 before it: their projections, one tanh layer, softmax; here the softmax reads P again."""
+def tdnn(vocabulary: int, seed: int, cutoffs: Sequence[int], projection: int = 128, hidden: int = 256) -> Graph:
+    """The word is predicted from the 16 before it: two gated layers of 4 taps over their projections, the second one's 4 words apart; then P again.
+
+    As in Bengio's net, the softmax's layer reads the projections and all hidden layers.
+    """
     table = Embedding(vocabulary, projection, seed=seed)
     table.flat *= 1 / math.sqrt(projection)
     return Graph(
         {
             "projection": (table, "tokens"),
             "drop": (Dropout(0.1, seed=seed + 1), "projection"),
-            "taps": (CausalConv1d(projection, hidden, 5, seed=seed + 2), "drop"),
-            "tanh": (Activation("tanh"), "taps"),
-            "drop2": (Dropout(0.3, seed=seed + 3), "tanh"),
-            "down": (Linear(hidden, projection, seed=seed + 4), "drop2"),
-            "logits": (TiedLinear(table), "down"),
+            "taps1": (CausalConv1d(projection, 2 * hidden, 4, seed=seed + 2), "drop"),
+            "gate1": (Activation("glu"), "taps1"),
+            "drop1": (Dropout(0.2, seed=seed + 3), "gate1"),
+            "taps2": (CausalConv1d(projection + hidden, 2 * hidden, 4, 4, seed=seed + 4), ["drop", "drop1"]),
+            "gate2": (Activation("glu"), "taps2"),
+            "drop2": (Dropout(0.2, seed=seed + 5), "gate2"),
+            "down": (Linear(projection + 2 * hidden, projection, seed=seed + 6), ["drop", "drop1", "drop2"]),
+            "logits": (AdaptiveSoftmax(table, cutoffs), "down"),
         }
     )
 
@@ -116,16 +122,15 @@ def nats(model: Graph, text: np.ndarray, batch: int = 4, length: int = 400) -> f
     return total / count
 
 
-def fit(model: Graph, text: Text, seed: int, epochs: int, rate: float) -> list[float]:
+def fit(model: Graph, text: Text, seed: int, epochs: int, batch: int, length: int) -> list[float]:
     """Trains with the state carried from batch to batch; the weights with the best validation stay. Returns the validation perplexities."""
-    length, batch = 35, 24
-    rng = np.random.default_rng(seed)
     steps = epochs * (len(text.train) // (length * batch))
+    rng = np.random.default_rng(seed)
     run = training.fit(
         model,
         lambda epoch: batches(text.train, batch, length, int(rng.integers(length))),
-        losses.softmax_cross_entropy,
-        Adam(model, optim.warmup(optim.cosine(rate, steps, rate / 100), 50)),
+        model["logits"].loss,
+        Adam(model, optim.warmup(optim.cosine(0.004, steps, 4e-5), 50)),
         epochs=epochs,
         clip=1.0,
         stateful=True,
@@ -159,7 +164,7 @@ def draw(curves: dict[str, list[list[float]]], bar: float, model: Graph, text: T
 
 def main(given: Sequence[str] | None = None) -> float:
     """Prints the perplexities and returns the LSTM's median over Kneser-Ney's: below 1 it wins."""
-    args = arguments("words_lm", __doc__, given)
+    args = arguments("words_lm", __doc__, given, seeds=1)
     text = load(args.quick)
     V = len(text.words)
     print(f"{len(text.train):,} words to learn, {len(text.valid):,} to validate, {len(text.test):,} to test; vocabulary {V:,}", flush=True)
@@ -168,13 +173,14 @@ def main(given: Sequence[str] | None = None) -> float:
     print(f"Kneser-Ney trigram: perplexity {bar:.1f} (validation {bar_valid:.1f})", flush=True)
     results: dict[str, list[float]] = {"LSTM": [], "TDNN": []}
     curves: dict[str, list[list[float]]] = {"LSTM": [], "TDNN": []}
+    sizes, cutoffs = ((32, 32), [100]) if args.quick else ((128, 320), [1000])
     for seed in args.seeds:
         for name in results:
             if name == "LSTM":
-                model = language_model(V, 32 if args.quick else 128, 32 if args.quick else 320, dropout=0.3, seed=seed)
+                model = language_model(V, *sizes, dropout=0.4, input_dropout=0.2, cutoffs=cutoffs, seed=seed)
             else:
-                model = tdnn(V, 10 * seed, *((32, 32) if args.quick else (128, 384)))
-            curves[name].append(fit(model, text, seed, 2 if args.quick else 8, 0.004))
+                model = tdnn(V, 10 * seed, cutoffs, *((32, 32) if args.quick else (128, 256)))
+            curves[name].append(fit(model, text, seed, 2 if args.quick else 7, *((24, 35) if name == "LSTM" else (8, 105))))
             results[name].append(math.exp(nats(model, text.test)))
             print(f"seed {seed}: {name} perplexity {results[name][-1]:.1f}, validation by epoch {[round(v) for v in curves[name][-1]]}", flush=True)
             if name == "LSTM" and seed == args.seeds[0]:

@@ -17,11 +17,16 @@ from rnnfast.models import (
     Projections,
     TiedLinear,
     beam,
+    delayed,
     greedy,
     language_model,
+    many_to_one,
+    mlp,
     nearest,
     negative_sampling_loss,
     ngrams,
+    one_to_many,
+    recurrent_stack,
     sample,
     stepper,
     window_batches,
@@ -333,3 +338,92 @@ def test_kneser_ney_beats_its_shorter_self_where_order_matters() -> None:
 def test_too_many_ngrams_are_refused() -> None:
     with pytest.raises(ValueError, match="2\\^62"):
         KneserNey(np.zeros((3, 8), np.int64), 5000)
+
+
+def check_model(model: Graph, x, target, loss) -> None:
+    """A model's gradients under a loss, from float32's differences."""
+    for leaf in model.leaves():
+        leaf.flat *= 2
+
+    def divergence(backward: bool) -> float:
+        value, dy = loss(model(x)[0], target)
+        if backward:
+            model.backward(dy)
+        else:
+            for leaf in (model, *model.leaves()):
+                leaf._tapes.clear()
+        return value
+
+    check_parameters(model, divergence)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_stack_with_mlp_layers_between_has_the_gradient_of_its_loss(cell: str) -> None:
+    model = recurrent_stack(3, [4, 5], 2, cell=cell, between=[6, 4], activation="tanh", seed=0)
+    assert [name for name in model.parameters() if name.endswith("weight")] == ["dense0_0.weight", "dense0_1.weight", "y.weight"]
+    x, target = np.random.default_rng(0).standard_normal((2, 5, 3, 3)).astype(np.float32)
+    check_model(model, x, target[..., :2], losses.mean_squared_error)
+
+
+def test_both_directions_read_the_future_and_one_does_not() -> None:
+    x = np.random.default_rng(0).standard_normal((6, 2, 3)).astype(np.float32)
+    other = x.copy()
+    other[-1] += 1
+    for both in (True, False):
+        model = recurrent_stack(3, [4, 4], 2, bidirectional=both, between=[5], seed=0).eval()
+        assert np.array_equal(model(x)[0][0], model(other)[0][0]) is not both
+
+
+def test_an_mlp_over_time_is_the_same_at_every_step() -> None:
+    model = mlp([3, 5, 4, 2], "tanh", dropout=0.5, seed=0).eval()
+    x = np.random.default_rng(0).standard_normal((6, 2, 3)).astype(np.float32)
+    order = [3, 1, 5, 0, 2, 4]
+    np.testing.assert_array_equal(model(x[order])[0], model(x)[0][order])
+    p = model.parameters()
+    h = np.tanh(x @ p["dense0.weight"].T + p["dense0.bias"])
+    h = np.tanh(h @ p["dense1.weight"].T + p["dense1.bias"])
+    np.testing.assert_allclose(model(x)[0], h @ p["y.weight"].T + p["y.bias"], atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_a_vector_starts_a_sequence(cell: str) -> None:
+    model = one_to_many(5, 7, 3, 4, cell=cell, seed=0)
+    rng = np.random.default_rng(0)
+    x = {"vector": rng.standard_normal((1, 2, 5)).astype(np.float32), "tokens": rng.integers(7, size=(4, 2))}
+    check_model(model, x, rng.integers(7, size=(4, 2)), losses.softmax_cross_entropy)
+    model.eval()
+    parts = Graph({name: (model[name], source) for name, source in {"words": "tokens", "rnn": "words", "logits": "rnn"}.items()})
+    step, state = stepper(parts), {"rnn": model["first"](x["vector"])}
+    for t, tokens in enumerate(x["tokens"]):
+        logits, state = step(tokens, state)
+        np.testing.assert_array_equal(logits, model(x)[0][t])
+
+
+def test_heads_look_at_the_steps_they_say() -> None:
+    rng = np.random.default_rng(0)
+    y, lengths = rng.standard_normal((5, 3, 4)), np.array([5, 1, 3])
+    last = many_to_one(losses.softmax_cross_entropy)
+    labels = np.array([0, 3, 1])
+    assert last(y, (labels, lengths))[0] == pytest.approx(losses.softmax_cross_entropy(y[lengths - 1, range(3)], labels)[0])
+    assert losses.check_gradient(lambda a: last(a, (labels, lengths)), y) < 1e-8
+    np.testing.assert_array_equal(last(y, labels)[1], last(y, (labels, np.array([5, 5, 5])))[1])
+    late, wanted = delayed(losses.mean_squared_error, 2), rng.standard_normal((3, 3, 4))
+    assert late(y, wanted)[0] == losses.mean_squared_error(y[2:], wanted)[0]
+    assert losses.check_gradient(lambda a: late(a, wanted), y) < 1e-8
+    with pytest.raises(ValueError, match="length 0"):
+        last(y, (labels, np.array([5, 0, 3])))
+
+
+def test_what_makes_no_model_is_said() -> None:
+    with pytest.raises(ValueError, match="at least what goes in"):
+        mlp([3])
+    with pytest.raises(ValueError, match="at least one layer"):
+        recurrent_stack(3, [], 2)
+    with pytest.raises(ValueError, match="lstm, gru, rnn"):
+        recurrent_stack(3, [4], 2, cell="elman")
+    with pytest.raises(ValueError, match="gru or rnn"):
+        one_to_many(3, 4, 5, 6, cell="lstm")
+    with pytest.raises(ValueError, match="at least 0"):
+        delayed(losses.mean_squared_error, -1)
+    with pytest.raises(ValueError, match="tied"):
+        language_model(9, 4, 6, tied=False, cutoffs=[3])

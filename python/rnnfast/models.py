@@ -1,4 +1,4 @@
-"""Models of symbols in sequence, all of them graphs: language models, encoder-decoders, projections of words; how they write, what they must beat.
+"""Models of sequences, all of them graphs: stacks and heads, language models, encoder-decoders, projections of words; how they write, what to beat.
 
 symbol   an integer in [0, V): a word, a character, a note
 step     how anything that writes is seen here: logits (B, V), state = step(symbols (B,), state), one symbol a call
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import losses
+from .conv import Activation
 from .dense import Dropout, Embedding, Linear
 from .graph import Graph
 from .layers import GRU, LSTM, RNN
@@ -25,14 +26,15 @@ from .module import Array, Module
 
 Integers = NDArray[np.int64]
 Step = Callable[[Integers, Any], tuple[Array, Any]]
+Divergence = Callable[[Any, Any], tuple[float, Any]]
 _CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 
 
-def _recurrent(cell: str, *sizes: int, dropout: float = 0.0, seed: int | None = None) -> Any:
+def _recurrent(cell: str, *sizes: int, dropout: float = 0.0, bidirectional: bool = False, seed: int | None = None) -> Any:
     if cell not in _CELLS:
         raise ValueError(f"cell must be one of {', '.join(_CELLS)}, got {cell!r}")
     more = {"forget_bias": 1.0} if cell == "lstm" else {}
-    return _CELLS[cell](*sizes, dropout=dropout if sizes[-1] > 1 else 0.0, seed=seed, **more)
+    return _CELLS[cell](*sizes, dropout=dropout if sizes[-1] > 1 else 0.0, bidirectional=bidirectional, seed=seed, **more)
 
 
 def _seeds(seed: int | None, count: int) -> list[int | None]:
@@ -223,6 +225,145 @@ def language_model(
     logits = AdaptiveSoftmax(table, cutoffs) if len(cutoffs) else TiedLinear(table) if tied else Linear(hidden, vocabulary, seed=s[5])
     nodes["logits"] = (logits, last)
     return Graph(nodes)
+
+
+# ---- sequences in, sequences out: what stands around recurrent layers, and which steps a divergence looks at
+
+
+def mlp(sizes: Sequence[int], activation: str = "relu", *, dropout: float = 0.0, seed: int | None = None) -> Graph:
+    """A time-distributed MLP: the same dense layers at every step, x (T, B, sizes[0]) -> y (T, B, sizes[-1]), linear at the end.
+
+        h_1 = f(W_1 x_t + b_1)    h_2 = f(W_2 h_1 + b_2)    ..    y_t = W_n h_{n-1} + b_n
+
+    dropout acts behind every activation. Raises ValueError for fewer than two sizes.
+
+    >>> y, _ = mlp([3, 8, 2], seed=0)(np.ones((5, 4, 3), np.float32))
+    >>> y.shape, bool((y == y[:1]).all())  # every step alike
+    ((5, 4, 2), True)
+    """
+    if len(sizes) < 2:
+        raise ValueError(f"mlp: sizes must name at least what goes in and what comes out, got {list(sizes)}")
+    nodes: dict[str, Any] = {}
+    s = _seeds(seed, len(sizes))
+    last = _hidden(nodes, "x", "", sizes[:-1], activation, dropout, s[-1])
+    nodes["y"] = (Linear(sizes[-2], sizes[-1], seed=s[0]), last)
+    return Graph(nodes)
+
+
+def _hidden(nodes: dict[str, Any], last: str, name: str, sizes: Sequence[int], activation: str, dropout: float, seed: int | None) -> str:
+    """Adds dense layers with their activation to a graph's nodes; returns the last one's name."""
+    s = _seeds(seed, 2 * len(sizes))
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        nodes[f"dense{name}{i}"] = (Linear(a, b, seed=s[2 * i]), last)
+        nodes[f"{activation}{name}{i}"], last = (Activation(activation), f"dense{name}{i}"), f"{activation}{name}{i}"
+        if dropout:
+            nodes[f"drop{name}{i}"], last = (Dropout(dropout, seed=s[2 * i + 1]), last), f"drop{name}{i}"
+    return last
+
+
+def recurrent_stack(
+    inputs: int, hidden: Sequence[int], outputs: int, *, cell: str = "lstm", bidirectional: bool = True, between: Sequence[int] = (),
+    activation: str = "relu", dropout: float = 0.0, seed: int | None = None,
+) -> Graph:  # fmt: skip
+    """Recurrent layers on top of one another, each of both directions, with MLP layers between them: x (T, B, inputs) -> y (T, B, outputs).
+
+    hidden: the units of each recurrent layer (of one direction); between: the widths of the dense layers, each with its activation, that stand behind
+    every recurrent layer but the last; dropout acts behind every layer. At the end stands a linear layer. The recurrent layers are called rnn0,
+    rnn1, ..; lengths and resets go to all of them. Raises ValueError for no layer or an unknown cell.
+
+    >>> net = recurrent_stack(12, [16, 16], 9, between=[20], seed=0)
+    >>> y, state = net(np.zeros((7, 2, 12), np.float32), None, [7, 4])
+    >>> y.shape, sorted(state)
+    ((7, 2, 9), ['rnn0', 'rnn1'])
+    """
+    if len(hidden) == 0:
+        raise ValueError("recurrent_stack: hidden must name at least one layer")
+    s = _seeds(seed, 3 * len(hidden) + 1)
+    nodes: dict[str, Any] = {}
+    last, width = "x", inputs
+    for i, units in enumerate(hidden):
+        nodes[f"rnn{i}"], last = (_recurrent(cell, width, units, 1, bidirectional=bidirectional, seed=s[3 * i]), last), f"rnn{i}"
+        width = units * (1 + bidirectional)
+        if dropout:
+            nodes[f"rnn_drop{i}"], last = (Dropout(dropout, seed=s[3 * i + 1]), last), f"rnn_drop{i}"
+        if i + 1 < len(hidden):
+            last = _hidden(nodes, last, f"{i}_", [width, *between], activation, dropout, s[3 * i + 2])
+            width = [width, *between][-1]
+    nodes["y"] = (Linear(width, outputs, seed=s[-1]), last)
+    return Graph(nodes)
+
+
+def one_to_many(inputs: int, vocabulary: int, projection: int, hidden: int, *, cell: str = "gru", seed: int | None = None) -> Graph:
+    """A vector in, a sequence out: the state begins as a linear map of the vector, then symbols are written (a picture's features to its caption).
+
+        h_{-1} = W v + b        p(y_t | y_1 .. y_{t-1}, v) = softmax(V h_t + c)
+
+    Inputs "vector" (1, B, inputs), the first axis being the state's layer, and "tokens" (T, B), the symbols one step late; logits (T, B, vocabulary).
+    cell is "gru" or "rnn", whose state is one array. To write: `stepper` of the nodes words, rnn and logits, from {"rnn": W v + b}.
+
+    Raises ValueError for another cell. Source: Vinyals, Toshev, Bengio & Erhan 2015, "Show and tell".
+
+    >>> model = one_to_many(10, 7, 4, 8, seed=0)
+    >>> logits, _ = model({"vector": np.ones((1, 2, 10), np.float32), "tokens": np.zeros((5, 2), np.int64)})
+    >>> logits.shape
+    (5, 2, 7)
+    """
+    if cell not in ("gru", "rnn"):
+        raise ValueError(f"one_to_many: cell must be gru or rnn, got {cell!r}")
+    s = _seeds(seed, 4)
+    return Graph(
+        {
+            "first": (Linear(inputs, hidden, seed=s[0]), "vector"),
+            "words": (Embedding(vocabulary, projection, seed=s[1]), "tokens"),
+            "rnn": (_recurrent(cell, projection, hidden, 1, seed=s[2]), "words"),
+            "rnn.state": "first",
+            "logits": (Linear(hidden, vocabulary, seed=s[3]), "rnn"),
+        }
+    )
+
+
+def many_to_one(loss: Divergence) -> Divergence:
+    """The divergence that looks at each row's last step alone: y (T, B, O), target (B, ..) or (target, lengths (B,)); dY is 0 at every other step.
+
+    Raises ValueError for a length of 0: it has no last step.
+
+    >>> divergence = many_to_one(losses.softmax_cross_entropy)
+    >>> value, dy = divergence(np.zeros((4, 2, 3), np.float32), (np.array([0, 2]), np.array([4, 2])))
+    >>> np.argwhere(np.abs(dy).sum(axis=2)).tolist()
+    [[1, 1], [3, 0]]
+    """
+
+    def divergence(y: Array, target: Any) -> tuple[float, Any]:
+        wanted, lengths = target if isinstance(target, tuple) else (target, len(y))
+        at = np.broadcast_to(np.asarray(lengths, np.int64) - 1, y.shape[1]), np.arange(y.shape[1])
+        if (at[0] < 0).any():
+            raise ValueError("many_to_one: a row of length 0 has no last step")
+        value, d = loss(y[at], wanted)
+        dy = np.zeros_like(y)
+        dy[at] = d
+        return value, dy
+
+    return divergence
+
+
+def delayed(loss: Divergence, delay: int) -> Divergence:
+    """The divergence of an answer that comes `delay` steps late: y_{t + delay} is held against target_t, so that a causal net has seen more.
+
+    y (T, B, O), target (T - delay, B, ..): give the input `delay` more steps (zeros) at its end. dY is 0 at the first `delay` steps. Raises ValueError
+    for a negative delay.
+
+    >>> value, dy = delayed(losses.mean_squared_error, 2)(np.ones((5, 1, 1)), np.zeros((3, 1, 1)))
+    >>> value, dy[:, 0, 0].round(2).tolist()
+    (1.0, [0.0, 0.0, 0.67, 0.67, 0.67])
+    """
+    if delay < 0:
+        raise ValueError(f"delayed: delay must be at least 0, got {delay}")
+
+    def divergence(y: Array, target: Any) -> tuple[float, Any]:
+        value, d = loss(y[delay:], target)
+        return value, np.concatenate((np.zeros_like(y[:delay]), d))
+
+    return divergence
 
 
 # ---- writing: one symbol at a time
