@@ -231,8 +231,10 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5) return {1, 1};
   if (j.B >= 4 * threads) return {threads, threads};
-  if (step >= 2e5 && blocks >= threads) return {threads, 1};
+  const bool by_units = blocks >= threads;
+  if (step >= 2e5 && by_units) return {threads, 1};
   if (j.B >= 2 * threads) return {threads, threads};
+  if (step >= 7.5e3 * threads && by_units) return {threads, 1};  // less would wait longer at each step than it computes
   return {1, 1};
 }
 
@@ -281,6 +283,13 @@ struct Call {
     Pool::get().give(std::move(scratch));
     if (!backward && !held) Pool::get().give(std::move(packs));
   }
+  // Without a team.
+  void run_alone() {
+    prepare(this, 1);
+    task(this, 0, 1, nullptr, nullptr);
+    Pool::get().give(std::move(scratch));
+    if (!backward && !held) Pool::get().give(std::move(packs));
+  }
   static void prepare(void* data, int count) {
     Call& c = *static_cast<Call*>(data);
     if (count == 1) c.row_groups = 1;
@@ -308,6 +317,24 @@ struct Call {
       c.snapshot->keep(count / c.row_groups, c.job.compute, c.held);  // its packs are whole: forward joined after packing
   }
 };
+
+// Two jobs that don't depend on each other, a layer's directions: a thread each where a job alone would not be split by rows, since then
+// the threads need not wait for each other at every step.
+void run_both(Call& a, Call& b) {
+  const Plan p = plan(a.kind, a.dtype, a.job, a.most);
+  const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
+  if (p.row_groups > 1 || std::min(thread_count(), a.most) == 1 || work < 1e5) {
+    a.run();
+    b.run();
+    return;
+  }
+  Call* both[2] = {&a, &b};
+  const Task each = [](void* data, int id, int count, void (*)(void*), void*) {
+    Call** calls = static_cast<Call**>(data);
+    for (int i = id; i < 2; i += count) calls[i]->run_alone();
+  };
+  rnnfast::run(2, each, both, [](void*, int) {});
+}
 
 // ---- one layer, one direction
 // ------------------------------------------------------------------------------------------------------------
@@ -367,6 +394,36 @@ void take_reset(Job& j, const Checker& check, const Events& reset, int64_t event
   j.reset = e;
 }
 
+// Calls that wait to be run together; whoever puts them here keeps their arrays alive.
+class Queue {
+ public:
+  struct Entry {
+    CellKind kind;
+    Dtype dtype;
+    Job job;
+    bool backward;
+    Packs* snapshot;
+  };
+  void add(const Entry& e) { entries_.push_back(e); }
+  void run() {
+    std::vector<Entry> entries = std::exchange(entries_, {});
+    const py::gil_scoped_release release;
+    std::vector<Call> calls;
+    for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, e.snapshot});
+    if (calls.size() == 2) return run_both(calls[0], calls[1]);
+    for (Call& c : calls) c.run();
+  }
+
+ private:
+  std::vector<Entry> entries_;
+};
+void run(Queue* queue, const Queue::Entry& e) {
+  if (queue) return queue->add(e);
+  Queue alone;
+  alone.add(e);
+  alone.run();
+}
+
 py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix) {
   Job j{};
   const CellKind kind = kind_of(cell);
@@ -377,7 +434,7 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
 
 void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
              int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
-             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot) {
+             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot, Queue* queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -400,15 +457,13 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   if (tape && j.compute == INT8) fail(check.who + "compute_dtype int8 is for inference: it keeps no tape");
   if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
   if (j.B == 0) return;
-  Call call{kind, dtype, j, false, snapshot};
-  const py::gil_scoped_release release;
-  call.run();
+  run(queue, {kind, dtype, j, false, snapshot});
 }
 
 void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
               int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
               const Array& fresh_h, const Array& fresh_c, Array& tape, const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx,
-              Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients) {
+              Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue* queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -445,9 +500,7 @@ void backward(const std::string& cell, const Layout& layout, const Weights& weig
   j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
   j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
   if (j.B == 0) return;
-  Call call{kind, dtype, j, true};
-  const py::gil_scoped_release release;
-  call.run();
+  run(queue, {kind, dtype, j, true, nullptr});
 }
 
 // ---- streaming: one step at a time over a snapshot of the weights
@@ -488,6 +541,47 @@ class Stream {
     }
     step(static_cast<const char*>(x.data()), x.strides(0), static_cast<char*>(out->mutable_data()));
     return *out;
+  }
+
+  // A whole x (T, B, I) -> (y (T, B, R), state), from `state` or the initial one. None where that is work for several threads, or so much
+  // that others should not wait for the GIL.
+  py::object sequence(const py::array& x, const py::object& from) {
+    const std::unique_lock<std::mutex> hold(busy_, std::try_to_lock);  // waiting with the GIL held might be for ever
+    if (!hold.owns_lock()) return py::none();
+    const Job& first = layers_.front().job;
+    const int64_t T = x.ndim() == 3 ? x.shape(0) : 0, size = static_cast<int64_t>(item());
+    if (skip_ || T < 1 || x.shape(1) != layout_.B || x.shape(2) != first.I || !same(x.dtype(), check_->dtype) ||
+        !(x.flags() & py::array::c_style))
+      return py::none();
+    if (!chunk_ || chunk_->T != T) {
+      chunk_ = std::make_unique<Layout>(T, layout_.B, std::nullopt);
+      for (Layer& l : layers_) {
+        Job j = l.job;
+        take_layout(j, *chunk_, false);
+        l.chunk_scratch = Buffer();
+        const double work = 2.0 * gates(kind_) * static_cast<double>(T * j.B * j.H * (j.I + j.R));
+        if (work > 4e6 || (work > 1e6 && plan(kind_, dtype_, j, 1 << 16).workers > 1)) continue;
+        l.chunk_scratch = Buffer(table_->scratch_size(kind_, dtype_, j, 1, 1, false));
+        l.chunk_x = Buffer(static_cast<size_t>(T * j.B * j.I * size));
+      }
+    }
+    for (const Layer& l : layers_)
+      if (l.chunk_scratch.size() == 0) return py::none();
+    if (from.is_none())
+      reset(std::nullopt);
+    else
+      set_state(from);
+    py::array y(check_->dtype, std::vector<py::ssize_t>{T, layout_.B, first.R});
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      Layer& l = layers_[i];
+      const bool last = i + 1 == layers_.size();
+      Job j = l.job;
+      take_layout(j, *chunk_, false);
+      j.x = {i == 0 ? const_cast<void*>(x.data()) : l.chunk_x.data(), j.B * j.I, j.I};
+      j.y = {last ? y.mutable_data() : layers_[i + 1].chunk_x.data(), j.B * j.R, j.R};
+      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.packs.data(), l.chunk_scratch.data(), nullptr, nullptr});
+    }
+    return py::make_tuple(y, state());
   }
 
   py::object state() const {
@@ -554,7 +648,7 @@ class Stream {
   struct Layer {
     Job job{};
     Buffer packs, scratch, h, c, x;
-    std::shared_ptr<Layout> layout;
+    Buffer chunk_scratch, chunk_x;  // of sequence()
   };
 
   std::string who() const { return family(kind_) + ": "; }
@@ -641,6 +735,8 @@ class Stream {
   int64_t taps_;
   bool skip_;
   Layout layout_;
+  std::unique_ptr<Layout> chunk_;              // of sequence()'s latest x
+  std::mutex busy_;                            // of sequence(), which many threads may call
   Array live_h_, live_c_, fresh_h_, fresh_c_;  // the layer's h_0 and c_0, and what they were at the snapshot
   std::unique_ptr<Checker> check_;
   std::vector<Layer> layers_;
@@ -1088,20 +1184,23 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
+  py::class_<Queue>(m, "Queue").def(py::init<>()).def("run", &Queue::run);
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
   m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
         py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("snapshot") = py::none());
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("snapshot") = py::none(),
+        py::arg("queue") = py::none());
   m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
         py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"),
-        py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"));
+        py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("queue") = py::none());
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
            py::arg("fresh_c"))
       .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(),
            "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
+      .def("sequence", &Stream::sequence, py::arg("x"), py::arg("state"))
       .def_property("state", &Stream::state, &Stream::set_state, "h (L, B, R), for an LSTM (h, c): a copy; assign to set it.")
       .def("reset", &Stream::reset, py::arg("mask") = py::none(),
            "Puts rows (all, or those where mask (B,) is true) back to the initial state.")

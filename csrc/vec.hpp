@@ -246,14 +246,14 @@ template <class T>
 struct Exponential;
 template <>
 struct Exponential<float> {
-  static constexpr float low = -87.3365f, high = 89.0f;  // 2^n stays a normal number, or is infinite from 88.3763 on
+  static constexpr float low = -87.3365f, top = 88.3762f, high = 89.0f;  // 2^n is a normal number up to top, then infinite
   static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float round = 0x1.8p+23f;
   static constexpr float p[] = {0x1.6d9908p-10f, 0x1.1227fep-7f, 0x1.555486p-5f, 0x1.5554b0p-3f, 0x1.000000p-1f};
 };
 template <>
 struct Exponential<double> {
-  static constexpr double low = -708.3, high = 710.1;  // infinite from 709.4362 on
+  static constexpr double low = -708.3, top = 709.436, high = 710.1;
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double round = 0x1.8p+52;
   static constexpr double p[] = {0x1.af73f44c09ceep-26, 0x1.28a2b3fc8b79ap-22, 0x1.71ddebba011d6p-19, 0x1.a019a67ba137ep-16,
@@ -261,13 +261,14 @@ struct Exponential<double> {
                                  0x1.555555555555cp-3,  0x1.0000000000005p-1};
 };
 
-// scale = 2^n and part = e^r − 1, so that e^x = scale·part + scale. x outside [low, high] counts as the bound; NaN stays in part.
+// scale = 2^n and part = e^r − 1, so that e^x = scale·part + scale. x below `low` counts as low and x above `top` as high, where r is
+// positive, since ∞·part + ∞ would not be a number for a negative one; NaN stays in part.
 template <class T>
 RNNFAST_INLINE void exp_parts(Reg<T> x, Reg<T>& scale, Reg<T>& part) {
   using E = Exponential<T>;
   using B = Bits<T>;
   using Int = typename Vector<typename B::type, LANES<T>>::type;
-  x = x > all<T>(E::high) ? all<T>(E::high) : x;
+  x = x > all<T>(E::top) ? all<T>(E::high) : x;
   x = x < all<T>(E::low) ? all<T>(E::low) : x;
   const Reg<T> shifted = fma<T>(x, all<T>(E::log2e), all<T>(E::round));  // n in the low bits
   const Reg<T> n = shifted - all<T>(E::round);

@@ -149,12 +149,44 @@ STREAMED = [
 def test_stream_equals_batch(problem: Problem, dtype: str, target: str) -> None:
     a = arrays(problem, dtype)
     layer = layer_of(problem, dtype, a.params).eval()
-    y, state = layer(a.x)
+    y, state, *_ = functional.forward(problem.cell, a.x, None, a.params, **a.options)
     stream = layer.stream(batch=problem.dims.B)
     streamed = np.stack([np.array(stream(x_t)) for x_t in a.x])
     assert streamed.tobytes() == y.tobytes()
     for found, expected in zip(named(stream.state).values(), named(state).values(), strict=True):
         assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("problem", [p for p in STREAMED if p.makes_sense], ids=str)
+def test_a_layers_call_in_eval_mode_equals_the_function(problem: Problem, dtype: str, target: str) -> None:
+    """Also where a call takes microseconds and goes a shorter way: other lengths and batches in turn, states given or not."""
+    a = arrays(problem, dtype)
+    layer = layer_of(problem, dtype, a.params).eval()
+    state = named(a.dstate).values()  # some numbers
+    for x, rows in ((a.x, slice(None)), (a.x[:1], slice(None)), (np.ascontiguousarray(a.x[:, :2]), slice(2)), (a.x, slice(None))):
+        some = [np.ascontiguousarray(part[:, rows]) for part in state]
+        for start in (None, tuple(some) if problem.paired else some[0]):
+            y, end, *_ = functional.forward(problem.cell, x, start, a.params, **a.options)
+            found, found_end = layer(x, start)
+            assert_same({"y": found, **named(found_end)}, {"y": y, **named(end)})
+
+
+def test_a_short_call_says_what_a_long_one_says() -> None:
+    layer = rnnfast.LSTM(3, 4).eval()
+    x = np.zeros((2, 5, 3), np.float32)
+    for call, message in (
+        (lambda: layer(x[..., :2]), "LSTM: x must have input_size = 3"),
+        (lambda: layer(x.astype(np.float64)), "lstm: x must have dtype float32"),
+        (lambda: layer(x, np.zeros((1, 5, 4), np.float32)), r"lstm: state must be a pair \(h, c\)"),
+        (lambda: layer(x, (np.zeros((1, 4, 4), np.float32),) * 2), "lstm: state h must have shape"),
+        (lambda: layer(x, (np.zeros((1, 5, 4)),) * 2), "lstm: state h must have dtype float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert layer(x[:0])[0].shape == (0, 5, 4)
+    assert layer(x[:, :0])[0].shape == (2, 0, 4)
+    np.testing.assert_array_equal(layer(x[::-1])[0], layer(x)[0])  # whatever the strides
 
 
 STREAM = {cell: Problem(cell, "8 lanes - 1", layers=2, state="learned") for cell in CELLS}

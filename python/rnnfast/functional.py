@@ -267,6 +267,7 @@ def forward(
             below = np.concatenate((x, below), axis=-1) if skip else below
         y = new((*lead, D * R), x.dtype) if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
         layer_runs = []
+        queue = _core.Queue() if D == 2 else None  # both directions at once
         for d in range(D):
             k = layer * D + d
             events, count = _events(cut, d == 1, ends)
@@ -287,9 +288,11 @@ def forward(
             _core.forward(
                 cell, layout, run.weights, run.suffix, compute, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
                 h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept,
-                None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()),
+                None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()), queue,
             )  # fmt: skip
             layer_runs.append(run)
+        if queue is not None:
+            queue.run()
         runs.append(layer_runs)
     result = y if every_y is None else every_y
     final = h_T if c_T is None else (h_T, c_T)
@@ -416,6 +419,8 @@ def backward(
     dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
     for layer in reversed(range(L)):
         below: list[Array | None] = []
+        resets: list[tuple[Array | None, Array | None]] = []
+        queue = _core.Queue() if D == 2 else None
         for d, run in enumerate(runs[layer]):
             k = layer * D + d
             dbelow = new(run.x.shape, dtype) if layer > 0 or need_dx else None
@@ -426,8 +431,14 @@ def backward(
                 tape.cell, tape.layout, run.weights, run.suffix, tape.compute, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
                 run.fresh_c, run.buffer[: run.size], dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
                 None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
-                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)],
+                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)], queue,
             )  # fmt: skip
+            below.append(dbelow)
+            resets.append((dreset_h, dreset_c))
+        if queue is not None:
+            queue.run()
+        for d, (dreset_h, dreset_c) in enumerate(resets):
+            k = layer * D + d
             if dc_0 is not None and not tape.paired:  # a GRU carries its own h
                 dh_0[k, :, :H] += dc_0[k]
                 if dreset_h is not None and dreset_c is not None:
@@ -436,7 +447,6 @@ def backward(
                 gradients["h_0"][k, 0] += dreset_h.sum(axis=0)
             if dreset_c is not None and tape.paired and "c_0" in gradients:
                 gradients["c_0"][k, 0] += dreset_c.sum(axis=0)
-            below.append(dbelow)
         total = below[0]
         if total is not None and D == 2:
             assert below[1] is not None
