@@ -16,6 +16,7 @@ import numpy as np
 from datasets import mnist
 from report import arguments, picture, save, verdict
 from rnnfast import LSTM, AdamW, Dropout, Graph, Linear, losses, optim, training
+from rnnfast.models import many_to_one
 
 
 def warp(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -52,11 +53,7 @@ def inputs(pictures: np.ndarray) -> dict[str, np.ndarray]:
     return {"rows": np.ascontiguousarray(pictures.swapaxes(0, 1)), "columns": np.ascontiguousarray(pictures.transpose(2, 0, 1))}
 
 
-def loss(y: np.ndarray, digits: np.ndarray) -> tuple[float, np.ndarray]:
-    """Cross-entropy of the last step; dY is 0 before."""
-    dy = np.zeros_like(y)
-    value, dy[-1] = losses.softmax_cross_entropy(y[-1], digits)
-    return value, dy
+loss = many_to_one(losses.softmax_cross_entropy)
 
 
 def train(pictures: np.ndarray, digits: np.ndarray, seed: int, epochs: int, hidden: int = 96) -> Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from rnnfast import GRU, LSTM, RNN, Graph, Linear
-from rnnfast.diagnostics import lag_norms, log_singular_values, neuron_gradients, state_gradients
+from rnnfast.diagnostics import activities, lag_norms, log_singular_values, neuron_gradients, state_gradients
 
 LAYERS = {
     "rnn": lambda: RNN(2, 5, dtype="float64", seed=0),
@@ -72,3 +72,31 @@ def test_norms_of_neurons_by_name():
     norms = neuron_gradients(net)
     assert {name: n.shape for name, n in norms.items()} == {"h.weight": (4,), "y.weight": (2,)}
     np.testing.assert_allclose(norms["h.weight"], np.linalg.norm(net.gradients()["h.weight"], axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("start", ["zeros", "given", "learned"])
+@pytest.mark.parametrize(("make", "options"), [(LSTM, {}), (LSTM, {"peephole": True}), (GRU, {}), (GRU, {"reset_after": False}), (RNN, {})])
+def test_gates_and_cells_fulfil_the_equations(make, options, start, bias):
+    layer = make(2, 5, bias=bias, learn_initial_state=start == "learned", dtype="float64", seed=0, **options)
+    layer.flat *= 2
+    rng = np.random.default_rng(0)
+    x, given = rng.standard_normal((7, 3, 2)), rng.standard_normal((2, 1, 3, 5))
+    state = None if start != "given" else tuple(given) if layer.paired else given[0]
+    a = activities(layer, x, state)
+    y = layer.eval()(x, state)[0]
+    np.testing.assert_array_equal(a["h"], y)
+    own = [layer.parameters()[name] for name in ("h_0", "c_0") if start == "learned" and name in layer.parameters()]
+    first = given if start == "given" else own or np.zeros((2, 1, 3, 5))
+    if make is LSTM:
+        before = np.concatenate((np.broadcast_to(first[1], (1, 3, 5)), a["c"][:-1]))
+        np.testing.assert_allclose(a["c"], a["f"] * before + a["i"] * a["g"], atol=1e-13)
+        np.testing.assert_allclose(y, a["o"] * np.tanh(a["c"]), atol=1e-13)
+    elif make is GRU:
+        before = np.concatenate((np.broadcast_to(first[0], (1, 3, 5)), y[:-1]))
+        np.testing.assert_allclose(y, (1 - a["z"]) * a["n"] + a["z"] * before, atol=1e-13)
+
+
+def test_activities_are_of_one_layer():
+    with pytest.raises(ValueError, match="one layer of one direction"):
+        activities(LSTM(2, 3, 2), np.zeros((4, 1, 2), np.float32))

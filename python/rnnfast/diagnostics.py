@@ -1,4 +1,4 @@
-"""Where gradients go: their norms by time lag, by layer and by neuron, and the singular values of dstate_t/dstate_0.
+"""Where gradients go: their norms by time lag, by layer and by neuron, the singular values of dstate_t/dstate_0; and what gates and cells do.
 
 state    what a recurrent layer hands from step to step, as one vector: h, or h and c side by side, of all its layers; S its width
 lag      steps between the moment an error arises and the state it is traced back to
@@ -117,6 +117,60 @@ def _start(layer: _Layer) -> Any:
     R = layer.proj_size or layer.hidden_size
     h = np.array(p.get("h_0", np.zeros((layer.num_layers, 1, R), layer.dtype)))
     return (h, np.array(p.get("c_0", np.zeros((layer.num_layers, 1, layer.hidden_size), layer.dtype)))) if layer.paired else h
+
+
+def activities(layer: _Layer, x: ArrayLike, state: Any = None) -> dict[str, Array]:
+    """What every unit of a layer does at every step: its gates, its cell and its output, each (T, B, H), by the letters of the equations.
+
+        LSTM  i f g o c h        GRU  r z n h        RNN  h
+
+    layer: one layer of one direction without projection; x (T, B, I) and state as for it. The states come from the layer, the gates are its
+    equations once more from x_t, h_{t-1} and c_{t-1}. For pictures see `plots.activity_plot` and `plots.text_activity`.
+
+    Raises ValueError for several layers, a bidirectional or a projected one.
+
+    >>> layer = LSTM(2, 3, seed=0)
+    >>> a = activities(layer, np.ones((4, 1, 2), np.float32))
+    >>> bool(np.allclose(a["h"], a["o"] * np.tanh(a["c"]))), list(a)
+    (True, ['i', 'f', 'g', 'o', 'c', 'h'])
+    """
+    if layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
+        raise ValueError("activities: the layer must be one layer of one direction without projection")
+    x, p = np.asarray(x), layer.parameters()
+    started = _start(layer) if state is None else state
+    paired = layer.cell.startswith("lstm")
+    y, _, _, *cells = functional.forward(layer.cell, x, state, p, cells=paired, tape=False)
+    h_0 = np.broadcast_to(started[0] if paired else started, (1, *y.shape[1:]))
+    before = np.concatenate((h_0, y))[: len(y)]  # h_{t-1}
+    if layer.cell.startswith("rnn"):
+        return {"h": y}
+    H = layer.hidden_size
+    bias = [p.get(name, np.zeros(len(p["weight_ih_l0"]), y.dtype)) for name in ("bias_ih_l0", "bias_hh_l0")]
+    from_x, W = x @ p["weight_ih_l0"].T + bias[0], p["weight_hh_l0"]  # (T, B, G H)
+
+    def part(k: int, operand: Array) -> tuple[Array, Array]:
+        """Gate k's sums over x and over the operand, (T, B, H) each."""
+        rows = slice(k * H, (k + 1) * H)
+        return from_x[..., rows], operand @ W[rows].T + bias[1][rows]
+
+    if not paired:
+        r, z = (_sigmoid(np.add(*part(k, before))) for k in (0, 1))
+        a, b = part(2, r * before if layer.cell == "gru_reset_before" else before)
+        return {"r": r, "z": z, "n": np.tanh(a + (b if layer.cell == "gru_reset_before" else r * b)), "h": y}
+    c = cells[0]
+    c_before = np.concatenate((np.broadcast_to(started[1], (1, *c.shape[1:])), c))[: len(c)]
+    sums = [np.add(*part(k, before)) for k in range(4)]
+    if "weight_peep_l0" in p:
+        for k, row, seen in ((0, 0, c_before), (1, 1, c_before), (3, 2, c)):
+            sums[k] += p["weight_peep_l0"][row] * seen
+    i, f, o = (_sigmoid(sums[k]) for k in (0, 1, 3))
+    return {"i": i, "f": f, "g": np.tanh(sums[2]), "o": o, "c": c, "h": y}
+
+
+def _sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))  # never overflows
+    y: Array = np.where(x >= 0, 1, e) / (1 + e)
+    return y
 
 
 def neuron_gradients(model: Module) -> dict[str, Array]:
