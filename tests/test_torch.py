@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -258,6 +259,40 @@ def test_weight_norm_pruning_and_functional_calls_in_a_loop() -> None:
         torch.testing.assert_close(torch.func.functional_call(b, new, x)[0], torch.func.functional_call(a, new, x)[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_replaced_weights_are_seen_with_a_state_given(name: str) -> None:
+    """The way of a call whose state is given is shorter: torch, ours, and torch's class under installed()."""
+    a, b = twins(name, 3, 5)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    hx: Any = torch.randn(*((1, 2, 5) if name in LAYERS else (2, 5)))
+    hx = (hx, hx * 2) if name.startswith("LSTM") else hx
+
+    def equal(*replaced: dict[str, Tensor]) -> Tensor:
+        def run(m: nn.Module) -> list[Tensor]:
+            return flat(torch.func.functional_call(m, *replaced, (x, hx)) if replaced else m(x, hx))
+
+        expected = run(a)
+        with fast.installed():
+            for found in (run(b), run(a)):
+                for t, u in zip(found, expected, strict=True):
+                    torch.testing.assert_close(t, u, rtol=2e-5, atol=2e-5)
+        return expected[0].detach()
+
+    hh, bias = ("weight_hh", "bias_ih") if name in CELLS else ("weight_hh_l0", "bias_ih_l0")
+    seen = [equal(), equal({k: torch.randn_like(v) for k, v in a.state_dict().items()}), equal()]
+    assert torch.equal(seen[0], seen[2])
+    for m in (a, b):
+        getattr(m, hh).data.mul_(3)
+        m.register_parameter(bias, nn.Parameter(torch.ones_like(getattr(m, bias))))
+    seen.append(equal())
+    for m in (a, b):
+        prune.custom_from_mask(m, bias, torch.arange(len(getattr(m, bias))) % 2)
+        parametrizations.weight_norm(m, hh)
+        getattr(m.parametrizations, hh).original0.data.mul_(2)
+    seen.append(equal())
+    assert all(not torch.allclose(s, t) for s, t in pairwise(seen))
+
+
 # ---- errors: torch's own -----------------------------------------------------------------------------------------------------------------
 
 
@@ -330,14 +365,16 @@ def test_conversion_keeps_parameters_and_hooks_both_ways() -> None:
 
 
 def test_installation_covers_old_models_and_ends() -> None:
-    layer, cell = nn.LSTM(3, 5, 2, dropout=0.1), nn.GRUCell(3, 5)
+    layer, cell, before = nn.LSTM(3, 5, 2, dropout=0.1), nn.GRUCell(3, 5), nn.RNNBase._weights_have_changed
     with fast.installed():
         assert is_ours(layer(torch.zeros(2, 2, 3))) and is_ours(cell(torch.zeros(2, 3)))
         with fast.installed():
             pass
         assert is_ours(cell(torch.zeros(2, 3)))
         assert is_ours(layer(pack_sequence([torch.zeros(3, 3), torch.zeros(2, 3)])))
+        assert nn.RNNBase._weights_have_changed is not before
     assert not is_ours(layer(torch.zeros(2, 2, 3))) and not is_ours(cell(torch.zeros(2, 3)))
+    assert nn.RNNBase._weights_have_changed is before
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -114,6 +114,9 @@ class _Node(torch.autograd.Function):
         return (None, *_differentiable_backward(call, x, h, c, weights, gradients, needs))
 
 
+_into_graph: Callable[..., Any] = super(torch.autograd.Function, _Node).apply  # without the look for transforms, which `_is_plain` has taken
+
+
 def _differentiable_backward(
     call: _Call, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor | None], gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -169,7 +172,7 @@ def _stack(
     if tape is not None:
         call = _Call(cell, layers, D, batch_first, batch_sizes, h_T is None)
         call.results = out
-        result: Any = _Node.apply(call, x, h, c, *weights)  # type: ignore[no-untyped-call]
+        result = _into_graph(call, x, h, c, *weights)
         return result if type(result) is tuple else (result,)
     if h_T is None:
         return (y,) if c_T is None else (y, c_T)
@@ -338,6 +341,21 @@ for _name in ("gru", "rnn_tanh", "rnn_relu"):
     _OURS[_name], _OURS[_name + "_cell"] = _layer_function(_name), _cell_function(_name)
 
 
+_weights_have_changed: Any = nn.RNNBase._weights_have_changed
+
+
+def _quick_weights_have_changed(module: Any) -> bool:
+    """torch's own answer, a third of nn.LSTM's time at T = 1, without asking a module for each weight by name twice."""
+    parameters = module._parameters
+    for ref, name in zip(module._flat_weight_refs, module._flat_weights_names):
+        weight = parameters.get(name)
+        if weight is None:
+            return bool(_weights_have_changed(module))
+        if ref is not None and ref() is not weight:
+            return True
+    return False
+
+
 def install(aten: bool = False) -> None:
     """Every torch.nn.LSTM, GRU, RNN and cell of this process runs on our kernels from here on, old models included.
 
@@ -353,6 +371,7 @@ def install(aten: bool = False) -> None:
     for name, function in _OURS.items():
         torch.jit._builtins._register_builtin(function, f"aten::{name}")  # scripting reads the name, not the function
         setattr(torch._VF, name, function)
+    nn.RNNBase._weights_have_changed = _quick_weights_have_changed  # type: ignore[method-assign]
     if aten:
         _take_aten()
 
@@ -362,6 +381,7 @@ def uninstall() -> None:
     _leave_aten()
     for name in _OURS:
         setattr(torch._VF, name, _ATEN[name])
+    nn.RNNBase._weights_have_changed = _weights_have_changed  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -589,6 +609,16 @@ class _Layer(_Freezable, nn.RNNBase):
         cells: also return c, every step's cell state of the last layer, laid out as y, D*H wide. No gradient flows through it.
         """
         if not self._is_own and self._frozen is None and reset is None and not cells:
+            paired = self.mode == "LSTM"
+            if hx is not None and not _autocast() and type(input) is Tensor and input.dim() == 3 and (not paired or len(hx) == 2):
+                self._update_flat_weights()
+                h, c = hx if paired else (hx, None)
+                out = _layers(
+                    _LAYERS[self.mode.lower()], input, None, h, c, self._flat_weights, self.bias, self.num_layers, self.dropout, self.training,
+                    self.bidirectional, self.batch_first,
+                )  # fmt: skip
+                if out is not None:
+                    return out[0], out[1:] if paired else out[1]
             return _forwards[self._base](self, input, hx)
         if reset is not None:
             reset = torch.as_tensor(reset)
@@ -610,6 +640,8 @@ class _Layer(_Freezable, nn.RNNBase):
         elif input.dim() == 2:
             c = c.squeeze(0 if self.batch_first else 1)
         return (*out, c)
+
+    _weights_have_changed = _quick_weights_have_changed
 
     @property
     def _cell_name(self) -> str:
@@ -712,11 +744,21 @@ class RNN(_Layer, nn.RNN):
         self._extend(learn_initial_state)
 
 
+_CELL_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+
+
 class _Step(_Freezable, nn.RNNCellBase):
     """What the three cells share beyond torch."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if self._frozen is None:
+            name: Any = self._cell_name
+            p, cell = self._parameters, _LAYERS.get(name)
+            if hx is not None and cell is not None and p.keys() == _CELL_WEIGHTS and not _autocast() and (cell != _LSTM or len(hx) == 2):
+                h, c = hx if cell == _LSTM else (hx, None)
+                out = _cell(cell, input, h, c, (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]))
+                if out is not None:
+                    return out if cell == _LSTM else out[0]
             return _forwards[self._base](self, input, hx)
         return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
 
