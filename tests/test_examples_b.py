@@ -81,3 +81,21 @@ def test_the_parts_of_the_digits_share_no_image(monkeypatch) -> None:
         runs = columns[np.flatnonzero(np.diff(np.concatenate(([0], columns))) != 0)]
         assert [int(v) - 1 for v in runs if v] == labels
         assert not rows.pictures[b, 0, :, rows.widths[b] :].any()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "TDNN"])
+def test_both_word_models_beat_kneser_ney_where_a_word_depends_on_one_four_words_back(kind: str, monkeypatch) -> None:
+    words = example("words_lm", monkeypatch)
+    rng = np.random.default_rng(0)
+    first, between = rng.integers(1, 5, (2500, 1)), rng.integers(9, 12, (2500, 3))
+    text = np.concatenate((first, between, first + 4, np.zeros_like(first)), axis=1).reshape(-1)  # 1..4, three of 9..11, its partner 5..8, <end>
+    parts = words.Text([str(i) for i in range(12)], text[:12000], text[12000:13500], text[13500:])
+    counted = words.KneserNey(words.ngrams(parts.train, 3, 0), 12)
+    bar = -counted.log_probability(words.ngrams(parts.test, 3, 0)).mean()
+    if kind == "LSTM":
+        model = words.language_model(12, 16, 32, dropout=0.1, cutoffs=[6], seed=0)
+    else:
+        model = words.tdnn(12, 0, [6], 16, 32)
+    words.fit(model, parts, 0, 6, 8, 30)
+    truth = (math.log(4) + 3 * math.log(3)) / 6  # nats a word that nobody can know
+    assert truth - 0.02 < words.nats(model, parts.test) < 0.9 * bar, (bar, truth)
