@@ -92,10 +92,7 @@ def test_both_word_models_beat_kneser_ney_where_a_word_depends_on_one_four_words
     parts = words.Text([str(i) for i in range(12)], text[:12000], text[12000:13500], text[13500:])
     counted = words.KneserNey(words.ngrams(parts.train, 3, 0), 12)
     bar = -counted.log_probability(words.ngrams(parts.test, 3, 0)).mean()
-    if kind == "LSTM":
-        model = words.language_model(12, 16, 32, dropout=0.1, cutoffs=[6], seed=0)
-    else:
-        model = words.tdnn(12, 0, [6], 16, 32)
+    model = words.language_model(12, 16, 32, dropout=0.1, cutoffs=[6], seed=0) if kind == "LSTM" else words.tdnn(12, 0, [6], 16, 32)
     words.fit(model, parts, 0, 6, 8, 30)
     truth = (math.log(4) + 3 * math.log(3)) / 6  # nats a word that nobody can know
     assert truth - 0.02 < words.nats(model, parts.test) < 0.9 * bar, (bar, truth)
