@@ -231,7 +231,7 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5) return {1, 1};
   if (j.B >= 4 * threads) return {threads, threads};
-  const bool by_units = blocks >= threads;
+  const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
   if (step >= 2e5 && by_units) return {threads, 1};
   if (j.B >= 2 * threads) return {threads, threads};
   if (step >= 7.5e3 * threads && by_units) return {threads, 1};  // less would wait longer at each step than it computes
@@ -543,43 +543,35 @@ class Stream {
     return *out;
   }
 
-  // A whole x (T, B, I) -> (y (T, B, R), state), from `state` or the initial one. None where that is work for several threads, or so much
-  // that others should not wait for the GIL.
+  // A whole x (T, B, I) -> (y (T, B, R), state), from `state` or the initial one; None where another call is at it, or x is unusual.
   py::object sequence(const py::array& x, const py::object& from) {
     const std::unique_lock<std::mutex> hold(busy_, std::try_to_lock);  // waiting with the GIL held might be for ever
-    if (!hold.owns_lock()) return py::none();
     const Job& first = layers_.front().job;
     const int64_t T = x.ndim() == 3 ? x.shape(0) : 0, size = static_cast<int64_t>(item());
-    if (skip_ || T < 1 || x.shape(1) != layout_.B || x.shape(2) != first.I || !same(x.dtype(), check_->dtype) ||
+    if (!hold.owns_lock() || skip_ || T < 1 || x.shape(1) != layout_.B || x.shape(2) != first.I || !same(x.dtype(), check_->dtype) ||
         !(x.flags() & py::array::c_style))
       return py::none();
     if (!chunk_ || chunk_->T != T) {
       chunk_ = std::make_unique<Layout>(T, layout_.B, std::nullopt);
-      for (Layer& l : layers_) {
-        Job j = l.job;
-        take_layout(j, *chunk_, false);
-        l.chunk_scratch = Buffer();
-        const double work = 2.0 * gates(kind_) * static_cast<double>(T * j.B * j.H * (j.I + j.R));
-        if (work > 4e6 || (work > 1e6 && plan(kind_, dtype_, j, 1 << 16).workers > 1)) continue;
-        l.chunk_scratch = Buffer(table_->scratch_size(kind_, dtype_, j, 1, 1, false));
-        l.chunk_x = Buffer(static_cast<size_t>(T * j.B * j.I * size));
-      }
+      for (size_t i = 1; i < layers_.size(); ++i) layers_[i].chunk_x = Buffer(static_cast<size_t>(T * layout_.B * first.R * size));
     }
-    for (const Layer& l : layers_)
-      if (l.chunk_scratch.size() == 0) return py::none();
     if (from.is_none())
       reset(std::nullopt);
     else
       set_state(from);
     py::array y(check_->dtype, std::vector<py::ssize_t>{T, layout_.B, first.R});
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      Layer& l = layers_[i];
-      const bool last = i + 1 == layers_.size();
-      Job j = l.job;
-      take_layout(j, *chunk_, false);
-      j.x = {i == 0 ? const_cast<void*>(x.data()) : l.chunk_x.data(), j.B * j.I, j.I};
-      j.y = {last ? y.mutable_data() : layers_[i + 1].chunk_x.data(), j.B * j.R, j.R};
-      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.packs.data(), l.chunk_scratch.data(), nullptr, nullptr});
+    void* const result = y.mutable_data();
+    {
+      const py::gil_scoped_release release;
+      for (size_t i = 0; i < layers_.size(); ++i) {
+        Layer& l = layers_[i];
+        Job j = l.job;
+        take_layout(j, *chunk_, false);
+        j.packed = false;
+        j.x = {i == 0 ? const_cast<void*>(x.data()) : l.chunk_x.data(), j.B * j.I, j.I};
+        j.y = {i + 1 == layers_.size() ? result : layers_[i + 1].chunk_x.data(), j.B * j.R, j.R};
+        Call{kind_, dtype_, j, false, l.snapshot.get()}.run();
+      }
     }
     return py::make_tuple(y, state());
   }
@@ -641,6 +633,7 @@ class Stream {
       no_steps.T = 0, no_steps.packed = false, no_steps.h_T = no_steps.c_T = nullptr;
       table_->forward(kind_, dtype_, no_steps, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
       l.job.packed = true;
+      l.snapshot = std::make_unique<Packs>();
     }
   }
 
@@ -648,7 +641,8 @@ class Stream {
   struct Layer {
     Job job{};
     Buffer packs, scratch, h, c, x;
-    Buffer chunk_scratch, chunk_x;  // of sequence()
+    std::unique_ptr<Packs> snapshot;  // of sequence(), which shares the work as it likes
+    Buffer chunk_x;
   };
 
   std::string who() const { return family(kind_) + ": "; }

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <mutex>
 #include <thread>
@@ -22,6 +23,7 @@ namespace rnnfast {
 namespace {
 
 constexpr int SPINS = 4000;  // some 20 to 60 microseconds before a waiting thread sleeps
+constexpr int LATE = 200;    // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
 
 void relax() {
 #if defined(__x86_64__)
@@ -31,19 +33,20 @@ void relax() {
 #endif
 }
 
-// Waits until `value` differs from `old` and returns it.
-unsigned wait_while(const std::atomic<unsigned>& value, unsigned old) {
+// Waits until `value` differs from `old` and returns it; `late` counts waits that outlast LATE.
+unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, std::atomic<unsigned>* late = nullptr) {
   for (int i = 0; i < SPINS; ++i) {
     const unsigned now = value.load(std::memory_order_acquire);
     if (now != old) return now;
     relax();
+    if (i == LATE && late) late->fetch_add(1, std::memory_order_relaxed);
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
   return value.load(std::memory_order_acquire);
 }
 
 struct Barrier {
-  std::atomic<unsigned> arrived{0}, round{0};
+  std::atomic<unsigned> arrived{0}, round{0}, late{0};
   unsigned count = 1;
   static void wait(void* p) {
     Barrier& b = *static_cast<Barrier*>(p);
@@ -53,10 +56,14 @@ struct Barrier {
       b.round.store(round + 1, std::memory_order_release);
       b.round.notify_all();
     } else {
-      wait_while(b.round, round);
+      wait_while(b.round, round, &b.late);
     }
   }
 };
+
+// Nanoseconds of some clock; until when a core is taken to be busy with something else: ten times as long as the job took that showed it.
+std::atomic<int64_t> busy_until{0};
+int64_t now() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 class Team {
  public:
@@ -68,9 +75,14 @@ class Team {
     task_ = task, data_ = data, count_ = count;
     barrier_.count = static_cast<unsigned>(count);
     running_.store(static_cast<unsigned>(threads_.size()), std::memory_order_relaxed);
+    const unsigned round = barrier_.round.load(std::memory_order_relaxed);
+    const int64_t start = now();
+    barrier_.late.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     task(data, 0, count, Barrier::wait, &barrier_);
+    const unsigned meetings = barrier_.round.load(std::memory_order_relaxed) - round, late = barrier_.late.load(std::memory_order_relaxed);
+    if (meetings >= 4 && late > meetings / 4) busy_until.store(now() + 10 * (now() - start), std::memory_order_relaxed);
     for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left);
   }
 
@@ -149,6 +161,8 @@ int thread_count() {
   wanted.store(n);
   return n;
 }
+
+bool cores_are_busy() { return now() < busy_until.load(std::memory_order_relaxed); }
 
 void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
 

@@ -187,9 +187,9 @@ def forward(
             parameters have not changed.
         compute_dtype: "bfloat16" rounds both factors of every product to bfloat16, forward and backward, twice as fast where the CPU has
             instructions for it; sums, states, the tape and everything returned stay float32. Two layers with H = 128, started as usual, are off
-            by up to 1 % of the largest output and 5 % of the largest gradient (20 % through a ReLU). "int8", without a tape, rounds them to 127 steps either side of 0, with a scale for each row of the weights
-            and each row of x and h, up to 3 % off on the same layers: weights that stream from memory take a quarter of the time. None: x's
-            dtype.
+            by up to 1 % of the largest output and 5 % of the largest gradient (20 % through a ReLU). "int8", without a tape, rounds them to
+            127 steps either side of 0, with a scale for each row of the weights, of x and of h, up to 3 % off on the same layers: weights that
+            stream from memory take a quarter of the time. None: x's dtype.
 
     Returns:
         y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
