@@ -3,14 +3,16 @@
 The text: the documentation topics of Python itself and every docstring of its standard library, which are on every machine. Documents are split by
 a hash of their content (1 in 10 test, 1 in 20 validation), so that a docstring that stands in two places is on one side. Words are runs of letters,
 digits or single signs, in lower case; those seen fewer than 3 times in the training documents are <rare>; every document ends with <end>.
-Perplexity is over all test words, <rare> and <end> included, each given all the words of its document before it (TDNN and Kneser-Ney: the 5 and the
-2 before it).
+Perplexity is over all test words, <rare> and <end> included, each given all the words of its document before it (TDNN and Kneser-Ney: the 16 and
+the 2 before it).
 
 Bar: both nets are below an interpolated modified Kneser-Ney trigram (discounts from the training counts) on the same words and split. Weights kept
 and the end of training are chosen on the validation.
 
-Measured: Kneser-Ney 51.4. One seed of a smaller LSTM (P 96, H 192, dropout 0.4, 5 epochs): 55.5 and still falling (validation 75, 55, 46, 41, 39
-against 35.7), above the bar. The sizes here are larger and train for 8 epochs; they and the TDNN are not measured yet.
+The softmax is adaptive: a head of the 1,000 most frequent words and a cluster of the others; 200 steps of the LSTM take 10 s instead of 17. The TDNN
+sees 16 words through two gated layers; with one tanh layer over 5 words, as in 2003, its validation perplexity was 43, now it is 32.
+
+Measured (one seed, about 9 minutes of one core): Kneser-Ney 51.4, LSTM 40.5, TDNN 46.8. One seed is the default; --seeds 3 takes half an hour.
 
     python examples/words_lm.py
 """
