@@ -3,7 +3,8 @@
     python bench/torch_dropin.py [--threads 1] [--quick]
 
 Latency of one step (T = 1, B = 1, H = 16), then training (forward and backward) of layers, padded and packed. One JSON line a measurement: torch's
-seconds, ours under install() and as our module, and the ratio torch / ours (above 1: ours is faster), medians over interleaved blocks.
+seconds, ours under install() and as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is faster),
+medians over interleaved blocks.
 """
 
 from __future__ import annotations
@@ -46,16 +47,19 @@ def block(run: Run, module: nn.Module, seconds: float) -> float:
 
 
 def compare(name: str, module: nn.Module, run: Run, rounds: int, seconds: float, tolerance: float = 1e-3) -> None:
-    """Prints one line: torch, ours under install, ours as a module."""
+    """Prints one line: torch, ours under install, ours as a module, and frozen where no gradient is wanted."""
     ours = fast.convert(copy.deepcopy(module))
     for a, b in zip(tensors(run(module)), tensors(run(ours)), strict=True):
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.detach().abs().max())))
     sides: dict[str, list[float]] = {"torch": [], "installed": [], "module": []}
+    frozen = None if torch.is_grad_enabled() else fast.freeze(copy.deepcopy(module))
     for _ in range(rounds):
         sides["torch"].append(block(run, module, seconds))
         with fast.installed():
             sides["installed"].append(block(run, module, seconds))
         sides["module"].append(block(run, ours, seconds))
+        if frozen is not None:
+            sides.setdefault("frozen", []).append(block(run, frozen, seconds))
     seconds_of = {side: statistics.median(took) for side, took in sides.items()}
     ratio = statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"]))
     print(json.dumps({"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}), flush=True)
@@ -98,6 +102,11 @@ def main() -> None:
                 mode = "grad" if grad else "no_grad"
                 compare(f"{kind}Cell T=1 B=1 H=16 {mode}", getattr(nn, kind + "Cell")(16, 16), step, rounds, seconds)
                 compare(f"{kind} T=1 B=1 H=16 {mode}", getattr(nn, kind)(16, 16), call, rounds, seconds)
+        for H in (128, 512):  # one step of a decoder
+            wide, states = torch.randn(1, 1, H), torch.zeros(1, 1, H)
+            given = (states, states) if kind == "LSTM" else states
+            with torch.no_grad():
+                compare(f"{kind} T=1 B=1 H={H} no_grad", getattr(nn, kind)(H, H), lambda m, x=wide, s=given: m(x, s), rounds, seconds)
     shapes = ((50, 32, 64), (100, 32, 256)) if args.quick else ((20, 8, 20), (50, 32, 64), (100, 32, 256), (500, 32, 128), (100, 128, 512))
     for kind in ("LSTM", "GRU", "RNN"):
         for T, B, H in shapes:
