@@ -1,6 +1,7 @@
 """Data-parallel training over gloo: two processes, each with half a batch, get the gradients of one with the whole."""
 
 import csv
+import gc
 import io
 import os
 import signal
@@ -95,6 +96,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             fit(sparse, [], mean_squared_error, SGD(sparse, 1), steps=1, replicas=replicas)
         interrupted(rank, replicas)
     assert dist.is_initialized()  # it was not Replicas' own
+    gc.collect()  # DDP goes in circles, and would keep the group's threads alive when Python ends
     dist.destroy_process_group()
 
 

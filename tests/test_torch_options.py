@@ -54,6 +54,30 @@ def test_a_frozen_module_computes_the_same_bits_from_a_snapshot(name: str) -> No
         assert all(torch.equal(a, b) for a, b in zip(after, flat(fast.freeze(model)(x)), strict=True))
 
 
+@pytest.mark.parametrize("name", SIX)
+def test_short_frozen_calls_equal_the_others(name: str) -> None:
+    """Decoding: one step with a state, again and again, from one of two batches; and what such calls must refuse is refused as ever."""
+    layer = SIX[name](3, 5) if name.endswith("Cell") else SIX[name](3, 5, 2, batch_first=True)
+    frozen = fast.freeze(copy.deepcopy(layer))
+    calls = []
+    for x in (torch.randn(2, 3), torch.randn(4, 3), torch.randn(2, 3)) * 3:
+        given = x if name.endswith("Cell") else x[:, None]
+        state: Any = [torch.randn(*(() if name.endswith("Cell") else (2,)), len(x), 5) for _ in range(2)]
+        state = tuple(state) if name.startswith("LSTM") else state[0]
+        calls += [(given, state)] * 3
+    assert layer(*calls[0]) is not None
+    with torch.no_grad():
+        for given, state in calls:
+            for a, b in zip(flat(layer(given, state)), flat(frozen(given, state)), strict=True):
+                assert torch.equal(a, b) and a.shape == b.shape
+    given, state = calls[0]
+    for bad, says in ((given[..., :2], r"input|\(.\*H, I\)"), (given.double(), "dtype"), (torch.zeros(0, *given.shape), "dim|D")):
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=says):
+            frozen(bad, state)
+    with pytest.raises(RuntimeError, match="is frozen"):
+        frozen(given.requires_grad_(), state)
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
 @pytest.mark.parametrize("end", ["train", "load_state_dict", "double", "to_torch"])
 def test_a_snapshot_ends_where_the_weights_change_by_rule(name: str, end: str) -> None:

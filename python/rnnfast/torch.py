@@ -404,13 +404,46 @@ def installed(aten: bool = False) -> Iterator[None]:
 class _Frozen:
     """A copy of a module's weights, and of them in the kernels' order; copies and pickles of it are None."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.arrays: dict[str, Any] = {}
         self.snapshot: dict[str, _core.Packs] = {}
         for name, weight in _Standin(module).weights():
             if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"freeze: {name} must be float32 or float64 on the CPU, got {weight.dtype} on {weight.device}")
             self.arrays[name] = weight.detach().clone(memory_format=torch.contiguous_format).numpy()
+        self.quick: tuple[int, _core.Stream | None] = 0, None  # B of the latest short call, and what runs calls of so many rows
+        ends = [name.removeprefix("weight_ih") for name in self.arrays if name.startswith("weight_ih")]
+        self.layers = None if any(end.endswith("_reverse") for end in ends) else [functional._weights(self.arrays, end, "freeze") for end in ends]
+        self.cell: str = module._cell_name
+        self.size = sum(array.size for array in self.arrays.values())
+
+    def short(self, x: Tensor, states: tuple[Tensor, ...], single: bool) -> tuple[Tensor, ...] | None:
+        """(y, h_T[, c_T]) of a call whose overhead would be most of it, over x (T, B, I) or `single` steps (B, I); or None: the general way has
+        also the better words.
+        """
+        if any(type(t) is not Tensor or t.dim() != (2 if single else 3) for t in (x, *states)) or not _is_plain() or _autocast():
+            return None
+        tokens, rows = (1, x.shape[0]) if single else (x.shape[0], x.shape[1])
+        if self.layers is None or not 0 < tokens * rows * self.size < 1 << 23:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(s.requires_grad for s in states)):
+            return None
+        before, stream = self.quick
+        if rows != before:  # not yet: the next call may be of another size
+            self.quick = rows, None
+            return None
+        try:
+            arrays = [t.numpy()[None] if single else t.numpy() for t in (x, *states)]
+            if stream is None:
+                stream = _core.Stream(self.cell, self.layers, arrays[0].dtype.name, rows, 1, False, None, None)
+                self.quick = rows, stream
+            out = stream.sequence(arrays[0], tuple(arrays[1:]) if len(arrays) == 3 else arrays[1])
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        if out is None:
+            return None
+        y, state = out
+        return tuple(torch.from_numpy(a[0] if single else a) for a in ((y, *state) if isinstance(state, tuple) else (y, state)))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -620,6 +653,11 @@ class _Layer(_Freezable, nn.RNNBase):
                 if out is not None:
                     return out[0], out[1:] if paired else out[1]
             return _forwards[self._base](self, input, hx)
+        if self._frozen is not None and hx is not None and reset is None and not cells and type(input) is Tensor:
+            x = input.transpose(0, 1) if self.batch_first else input
+            out = self._frozen.short(x, tuple(hx) if self.mode == "LSTM" else (hx,), False)
+            if out is not None:
+                return out[0].transpose(0, 1) if self.batch_first else out[0], out[1:] if self.mode == "LSTM" else out[1]
         if reset is not None:
             reset = torch.as_tensor(reset)
             if isinstance(input, PackedSequence):
@@ -760,6 +798,10 @@ class _Step(_Freezable, nn.RNNCellBase):
                 if out is not None:
                     return out if cell == _LSTM else out[0]
             return _forwards[self._base](self, input, hx)
+        if hx is not None:
+            out = self._frozen.short(input, tuple(hx) if self._base is nn.LSTMCell else (hx,), True)
+            if out is not None:
+                return out[1:] if self._base is nn.LSTMCell else out[1]
         return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
 
 
@@ -1080,15 +1122,19 @@ class Replicas:
         if self._began:
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._held: Any = None  # the latest tensors: were gloo's threads the last to let go of one, they would need Python, which may be about to end
 
     def total(self, array: NDArray[Any]) -> None:
         """Puts the sum over all processes in the array's place."""
-        dist.all_reduce(torch.from_numpy(array))
+        own = self._held = torch.tensor(array)
+        dist.all_reduce(own)
+        array[...] = own.numpy()
 
     def joined(self, array: NDArray[Any]) -> NDArray[Any]:
         """All processes' arrays side by side along axis 1, in order of rank; the same in each."""
-        own = torch.from_numpy(np.ascontiguousarray(array))
+        own = torch.tensor(array)
         parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._held = own, parts
         dist.all_gather(parts, own)
         return np.concatenate([part.numpy() for part in parts], axis=1)
 
