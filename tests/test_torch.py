@@ -106,6 +106,15 @@ def test_cells_equal_aten(name: str, dtype: torch.dtype) -> None:
         same(a, b, lambda m, v: m(v[0]), [torch.randn(7, dtype=dtype)], EPS[dtype])
 
 
+def test_one_row_over_big_weights_is_torchs() -> None:
+    """Which reads them where they lie; packing them for one use would take longer."""
+    cell = fast.GRUCell(512, 512)
+    with torch.no_grad():
+        y = cell(torch.ones(2, 512))
+    torch.testing.assert_close(cell(torch.ones(1, 512)), y[:1], rtol=2e-5, atol=2e-5)
+    assert is_ours(cell(torch.ones(2, 512))) and not is_ours(cell(torch.ones(1, 512)))
+
+
 def test_a_relu_layer_and_cell_equal_aten() -> None:
     a, b = twins("RNN", 7, 10, 1, "relu")
     same(a, b, lambda m, v: m(v[0]), [torch.randn(3, 4, 7)], 2e-5)

@@ -231,6 +231,9 @@ def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Se
         return None if result is None else tuple(t.to(out) for t in result)
 
 
+_BIG = 1 << 19  # numbers of W_ih: torch multiplies one row by a matrix as it lies in memory, we would rewrite more than a cache holds for one use of it
+
+
 def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any]) -> _Result:
     """torch._VF.lstm_cell and its like: (h[, c]), or None as in `_stack`."""
     if not _is_plain():
@@ -239,6 +242,8 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any]) -> _Result:
         low = h.dtype if cell in (_LSTM, _GRU) else torch.get_autocast_dtype("cpu")
         return _in_float32(lambda x, h, c, w: _cell(cell, x, h, c, w), x, h, c, weights, low)
     if type(x) is not Tensor or x.dim() != 2:
+        return None
+    if x.shape[0] == 1 and isinstance(weights[0], Tensor) and weights[0].numel() >= _BIG:
         return None
     return _stack(cell, x, None, h, c, weights, 1, False, False)
 
@@ -934,7 +939,7 @@ def _tape_sizes(x: Tensor, h: Tensor, weights: list[Tensor], layers: int, direct
         shapes = [tuple(int(n) for n in w.shape) for w in weights[k * each : k * each + each]]
         arrays = [np.empty(shape, dtype) for shape in shapes]
         biases, hr = (arrays[2:4] if each >= 4 else [None, None]), arrays[-1] if each % 2 else None
-        one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None], 1, "")
+        one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None], 1, "", False)
         sizes.append(tokens * one)
     return sizes
 
