@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=pathlib.Path, nargs="+")
     parser.add_argument(
-        "--out", type=pathlib.Path, help="a folder for README.md and the plots; default: print the tables"
+        "--out", type=pathlib.Path, help="a folder for README.md, which ends with the folder's notes.md, and the plots; default: print the tables"
     )
     parser.add_argument("--command", default="python bench/run.py", help="the command to quote on the page")
     options = parser.parse_args(arguments)
@@ -216,6 +216,9 @@ def main(arguments: list[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         plots = plot(shapes, options.out)
     text = page(shapes, plots, options.command)
+    notes = options.out / "notes.md" if options.out else None
+    if notes and notes.exists():  # what a person found out about the figures
+        text += "\n" + notes.read_text()
     if options.out:
         (options.out / "README.md").write_text(text)
     print(text)

@@ -230,8 +230,10 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
       static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5) return {1, 1};
-  if (j.B >= 4 * threads) return {threads, threads};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
+  // Weights that no cache holds are better read once by two halves than twice.
+  if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
+  if (j.B >= 4 * threads) return {threads, threads};
   if (step >= 2e5 && by_units) return {threads, 1};
   if (j.B >= 2 * threads) return {threads, threads};
   if (step >= 7.5e3 * threads && by_units) return {threads, 1};  // less would wait longer at each step than it computes
@@ -424,8 +426,10 @@ void run(Queue* queue, const Queue::Entry& e) {
   alone.run();
 }
 
-py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix) {
+py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix,
+                      bool recompute) {
   Job j{};
+  j.recompute = recompute;
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
   take_layout(j, layout, false);
@@ -434,12 +438,14 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
 
 void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
              int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
-             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, Packs* snapshot, Queue* queue) {
+             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, bool recompute, Packs* snapshot,
+             Queue* queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
   const Dtype dtype = dtype_of(*weights[0], check.who);
   j.compute = compute_of(compute, dtype, check.who);
+  j.recompute = recompute;
   take_layout(j, layout, reversed);
   const int64_t S = j.R * taps;
   j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
@@ -462,13 +468,14 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
 
 void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
               int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
-              const Array& fresh_h, const Array& fresh_c, Array& tape, const py::array& dy, const Array& dh_T, const Array& dc_T, Array dx,
-              Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue* queue) {
+              const Array& fresh_h, const Array& fresh_c, Array& tape, bool recompute, const py::array& dy, const Array& dh_T,
+              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue* queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
   const Dtype dtype = dtype_of(*weights[0], check.who);
   j.compute = compute_of(compute, dtype, check.who);
+  j.recompute = recompute;
   take_layout(j, layout, reversed);
   const int64_t S = j.R * taps, G = gates(kind);
   j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
@@ -936,11 +943,17 @@ struct Stack {
     return y_at(L) + sum;
   }
 
-  void run(Job& j, bool backward) const {
+  void run(int64_t layer, bool backward) {
     if (tokens == 0) return;
-    Call call{kind, dtype, j, backward};
-    call.most = threads;
-    call.run();
+    std::vector<Call> calls;
+    for (int64_t d = 0; d < D; ++d) {
+      calls.push_back(Call{kind, dtype, jobs[static_cast<size_t>(layer * D + d)], backward});
+      calls.back().most = threads;
+    }
+    if (D == 2)
+      run_both(calls[0], calls[1]);
+    else
+      calls[0].run();
   }
 
  private:
@@ -1024,8 +1037,8 @@ py::object forward(Stack& s) {
         if (h_T) j.h_T = s.at(h_T, k * s.B * s.R);
         if (c_T) j.c_T = s.at(c_T, k * s.B * s.H);
         if (tape) j.tape = s.at(tape, s.tape_at(k));
-        s.run(j, false);
       }
+      s.run(l, false);
       below = out;
     }
     if (tape && bytes) std::memcpy(s.at(tape, s.y_at(s.L - 1)), y, bytes);  // the caller may write into its own
@@ -1108,7 +1121,7 @@ py::object backward(Stack& s, Py_ssize_t count) {
     const py::gil_scoped_release release;
     const auto bytes = static_cast<size_t>(s.tokens * below_width) * s.item();
     const Lent one(s.L > 1 ? bytes : 0), two(s.L > 1 ? bytes : 0), other(s.D > 1 ? bytes : 0);
-    const Lent carried(s.kind != LSTM && carries(s.kind) ? static_cast<size_t>(s.B * s.H) * s.item() : 0);
+    const Lent carried(s.kind != LSTM && carries(s.kind) ? static_cast<size_t>(s.D * s.B * s.H) * s.item() : 0);
     for (int64_t l = s.L - 1; l >= 0; --l) {
       const int64_t in = s.jobs[static_cast<size_t>(l * s.D)].I;
       void* below = l == 0 ? dx : (l % 2 ? one : two).buffer.data();
@@ -1124,11 +1137,14 @@ py::object backward(Stack& s, Py_ssize_t count) {
         if (dh_T) j.dh_T = s.at(dh_T, k * s.B * s.R);
         if (dc_T) j.dc_T = s.at(dc_T, k * s.B * s.H);
         j.dh_0 = s.at(dh, k * s.B * s.R);
-        if (carries(s.kind)) j.dc_0 = dc ? s.at(dc, k * s.B * s.H) : carried.buffer.data();
-        s.run(j, true);
-        if (carries(s.kind) && !dc) add(s, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
-        if (below && d == 1) add(s, below, other.buffer.data(), s.tokens * in);
+        if (carries(s.kind)) j.dc_0 = dc ? s.at(dc, k * s.B * s.H) : s.at(carried.buffer.data(), d * s.B * s.H);
       }
+      s.run(l, true);
+      for (int64_t d = 0; d < s.D; ++d) {
+        const Job& j = s.jobs[static_cast<size_t>(l * s.D + d)];
+        if (carries(s.kind) && !dc) add(s, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
+      }
+      if (below && s.D == 2) add(s, below, other.buffer.data(), s.tokens * in);
       dy = s.side_by_side(below, width, false);
     }
   }
@@ -1179,15 +1195,17 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
   py::class_<Queue>(m, "Queue").def(py::init<>()).def("run", &Queue::run);
-  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"));
+  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"),
+        py::arg("recompute"));
   m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
         py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("snapshot") = py::none(),
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot") = py::none(),
         py::arg("queue") = py::none());
   m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
         py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"),
-        py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("queue") = py::none());
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("recompute"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"),
+        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"),
+        py::arg("queue") = py::none());
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
@@ -1217,6 +1235,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     }
     fail("target must be one of " + known + "; got '" + name + "'");
   });
+  m.def(
+      "peak",
+      [](const std::string& compute, int64_t rounds) {
+        const Dtype dtype = compute == "float64" ? FLOAT64 : FLOAT32;
+        const Compute products = compute_of(compute, dtype, "peak: ");
+        const py::gil_scoped_release release;
+        return kernels().peak(dtype, products, rounds);
+      },
+      py::arg("compute"), py::arg("rounds"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", [](int n) {
     if (n < 1) fail("n must be at least 1, got " + std::to_string(n));

@@ -136,6 +136,28 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
     }
 }
 
+// A tile's inner loop with its operands in registers, `rounds` times; returns the number of multiplications and additions. One operand
+// changes its sign every time, so that nothing is left out.
+template <class E>
+__attribute__((noinline)) double multiply_in_registers(int64_t rounds) {
+  typedef typename E::type T;
+  constexpr int CHAINS = 10;
+  T operand[LANES<T>];
+  for (int i = 0; i < LANES<T>; ++i) operand[i] = T(1) / T(i + 2);
+  Reg<T> a = load(operand), sum[CHAINS];
+#pragma GCC unroll 10
+  for (int i = 0; i < CHAINS; ++i) sum[i] = all(T(i));
+  const Reg<T> b = a;
+  for (int64_t k = 0; k < rounds; ++k, a = -a)
+#pragma GCC unroll 10
+    for (int i = 0; i < CHAINS; ++i) sum[i] = E::add_product(a, b, sum[i]);
+#pragma GCC unroll 10
+  for (int i = 1; i < CHAINS; ++i) sum[0] = sum[0] + sum[i];
+  store(operand, sum[0]);
+  __asm__ volatile("" : : "r"(operand) : "memory");
+  return 2.0 * E::DEPTH * LANES<T> * CHAINS * static_cast<double>(rounds);
+}
+
 template <class T>
 using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int);
 

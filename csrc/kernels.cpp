@@ -74,6 +74,13 @@ size_t scratch_size(CellKind kind, Dtype dtype, const Job& job, int workers, int
   return arena.used + 64;
 }
 
+double peak(Dtype dtype, Compute compute, int64_t rounds) {
+  if (dtype == FLOAT64) return multiply_in_registers<Exact<double>>(rounds);
+  if (compute == BFLOAT16) return multiply_in_registers<Halves>(rounds);
+  if (compute == INT8) return multiply_in_registers<Bytes>(rounds);
+  return multiply_in_registers<Exact<float>>(rounds);
+}
+
 void forward(CellKind kind, Dtype dtype, const Job& job, const Worker& worker) {
   visit(kind, dtype, job, worker, [](const auto& s) { s.forward(); });
 }
@@ -84,4 +91,5 @@ void backward(CellKind kind, Dtype dtype, const Job& job, const Worker& worker) 
 }  // namespace
 
 extern "C" __attribute__((visibility("hidden"))) const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET);
-const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {RNNFAST_TARGET_NAME, lanes, tape_size, packs_size, scratch_size, forward, backward};
+const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {RNNFAST_TARGET_NAME, lanes,   tape_size, packs_size,
+                                                        scratch_size,        forward, backward,  peak};

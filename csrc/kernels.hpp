@@ -52,6 +52,7 @@ struct Job {
   void* h_T;            // (B, S)
   void* c_T;            // (B, H)
   void* tape;           // tape_size elements; null in inference
+  bool recompute;       // the tape holds c alone, and backward computes the rest again
   bool kept;            // forward: the packs will be used again
   bool packed;          // forward: packs still holds this job's weights, from a call with as many workers a row group
 
@@ -86,6 +87,8 @@ struct Kernels {
   size_t (*scratch_size)(CellKind, Dtype, const Job&, int workers, int row_groups, bool backward);
   void (*forward)(CellKind, Dtype, const Job&, const Worker&);
   void (*backward)(CellKind, Dtype, const Job&, const Worker&);
+  // Multiplies and adds in registers, as products do, and returns how many operations that were: the most that any product can reach.
+  double (*peak)(Dtype, Compute, int64_t rounds);
 };
 
 int gates(CellKind kind);

@@ -115,11 +115,16 @@ struct Sequence {
   // ---- the tape: what backward needs of each token, [KEPT | q | c | hidden][Hp] --------------------------------------------------------
 
   static constexpr int64_t Q_AT = Cell::KEPT, C_AT = Q_AT + RESETS_FIRST, HIDDEN_AT = C_AT + Cell::CARRIES;
+  //      with `recompute` [c][Hp], and backward makes the rest again for the tokens of a chunk
+
   int64_t pitch() const { return (HIDDEN_AT + j.projected) * Hp; }
+  bool keeps() const { return j.tape && !j.recompute; }
+  int64_t token_pitch() const { return j.recompute ? Cell::CARRIES * Hp : pitch(); }
   int64_t history_pitch() const { return (j.T + j.taps) * j.R; }
-  int64_t tape_size() const { return j.start[j.T] * pitch() + (j.taps > 1 ? j.B * history_pitch() : 0); }
-  T* tape_row(int64_t t, int64_t r) const { return out(j.tape) + (j.start[t] + r) * pitch(); }
-  T* history() const { return out(j.tape) + j.start[j.T] * pitch(); }
+  int64_t tape_size() const { return j.start[j.T] * token_pitch() + (j.taps > 1 ? j.B * history_pitch() : 0); }
+  T* tape_row(int64_t t, int64_t r) const { return out(j.tape) + (j.start[t] + r) * token_pitch(); }
+  T* tape_c(int64_t t, int64_t r) const { return tape_row(t, r) + (j.recompute ? 0 : C_AT * Hp); }
+  T* history() const { return out(j.tape) + j.start[j.T] * token_pitch(); }
   // The operand of step s lies here, newest first; y of step s goes R below.
   T* window(T* past, int64_t r, int64_t s) const { return past + r * history_pitch() + (j.T - s) * j.R; }
 
@@ -134,7 +139,7 @@ struct Sequence {
   const T* c_before(int64_t s, int64_t r) const {
     if (resets_at(time(s), r)) return in(j.fresh_c);
     if (s == 0 || r >= j.active[time(s - 1)]) return in(j.c_0) + j.index[r] * H;
-    return tape_row(time(s - 1), r) + C_AT * Hp;
+    return tape_c(time(s - 1), r);
   }
 
   void load_peepholes(int64_t b, V* p) const {
@@ -221,7 +226,7 @@ struct Sequence {
       const Encoded encoded = take_encoded(arena, tokens, most(j.I, most(S, H)));
       if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev, f.panel = panel, f.encoded = encoded;
     }
-    f.state = j.tape ? nullptr : arena.take<T>(j.B * pitch());
+    f.state = keeps() ? nullptr : arena.take<T>(j.B * pitch());
     f.past = j.taps == 1 ? nullptr : j.tape ? history() : arena.take<T>(j.B * history_pitch());
     return f;
   }
@@ -290,6 +295,23 @@ struct Sequence {
     }
   }
 
+  // The sums of this worker's tokens in the steps [s0, s1): the biases and what x adds to them. Returns the number of tokens.
+  int64_t start_sums(const Forward& f, int64_t s0, int64_t s1) const {
+    const int64_t row_size = blocks.size() * PRE * L;
+    int64_t count = 0;
+    for (int64_t s = s0; s < s1; ++s) {
+      const Range run = running(time(s));
+      for (int64_t r = run.begin; r < run.end; ++r, ++count) f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
+    }
+    if (row_size == 0 || count == 0) return count;
+    affine(f, f.x_early, count, f.from, f.bias, f.to);
+    if constexpr (RESETS_FIRST) affine(f, f.x_late, count, f.from, f.bias, f.to);
+    for (int64_t b = 0; X < PRE && b < blocks.size(); ++b)  // slots that x does not reach start with their bias alone
+      for (int64_t i = 0; i < count; ++i)
+        for (int s = X; s < PRE; ++s) store(f.to[i] + a_at(b, s), load(f.bias + a_at(b, s)));
+    return count;
+  }
+
   void forward() const {
     const FlushDenormals<T> guard;
     Arena packs(w.packs), arena(w.scratch);
@@ -305,19 +327,7 @@ struct Sequence {
     const int64_t chunk = forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L);
     for (int64_t s0 = 0; s0 < j.T; s0 += chunk) {
       const int64_t s1 = least(j.T, s0 + chunk);
-      int64_t count = 0;
-      for (int64_t s = s0; s < s1; ++s) {
-        const Range run = running(time(s));
-        for (int64_t r = run.begin; r < run.end; ++r, ++count)
-          f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
-      }
-      if (row_size > 0 && count > 0) {
-        affine(f, f.x_early, count, f.from, f.bias, f.to);
-        if constexpr (RESETS_FIRST) affine(f, f.x_late, count, f.from, f.bias, f.to);
-        for (int64_t b = 0; X < PRE && b < blocks.size(); ++b)  // slots that x does not reach start with their bias alone
-          for (int64_t i = 0; i < count; ++i)
-            for (int s = X; s < PRE; ++s) store(f.to[i] + a_at(b, s), load(f.bias + a_at(b, s)));
-      }
+      start_sums(f, s0, s1);
       T* a = f.a;
       for (int64_t s = s0; s < s1; ++s) {
         const Range run = running(time(s));
@@ -334,6 +344,35 @@ struct Sequence {
              static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
   }
 
+  // A token's q, and r in place of its sum.
+  void reset_operand(T* sums, const T* c_prev, T* q) const {
+    if constexpr (RESETS_FIRST)
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        V v[PRE], q_value;
+        v[0] = load(sums + a_at(b - blocks.begin, 0));
+        Cell::template reset<M, V>(v, load(c_prev + b * L, lanes(b)), q_value);
+        store(sums + a_at(b - blocks.begin, 0), v[0]);
+        store(q + b * L, q_value);
+      }
+  }
+  // From a token's sums to what it shows and what it keeps (not asked for where null).
+  void ending(const Forward& f, const T* sums, const T* c_prev, T* kept_row, T* c_row, T* cells_row, T* h_row) const {
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      V v[PRE], p[Cell::PEEP + 1], kept[Cell::KEPT], c = all(T(0)), h;
+      for (int g = 0; g < PRE; ++g) v[g] = load(sums + a_at(b - blocks.begin, g));
+      for (int g = 0; g < Cell::PEEP; ++g) p[g] = load(f.peep + (g * blocks.size() + b - blocks.begin) * L);
+      if constexpr (Cell::CARRIES) c = load(c_prev + b * L, lanes(b));
+      Cell::template forward<M, V>(v, p, c, kept, c, h);
+      if (kept_row)
+        for (int k = 0; k < Cell::KEPT; ++k) store(kept_row + k * Hp + b * L, kept[k]);
+      if constexpr (Cell::CARRIES) {
+        store(c_row + b * L, c);
+        if (cells_row) store(cells_row + b * L, c, lanes(b));
+      }
+      if (h_row) store(h_row + b * L, h, lanes(b));
+    }
+  }
+
   void forward_step(const Forward& f, int64_t s, Range run, T* a) const {
     const int64_t t = time(s), row_size = blocks.size() * PRE * L, n = run.size();
     for (int64_t i = 0; i < n; ++i) {
@@ -345,14 +384,8 @@ struct Sequence {
     if constexpr (RESETS_FIRST) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
-        T* q = (j.tape ? tape_row(t, r) : f.state + r * pitch()) + Q_AT * Hp;
-        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-          V v[PRE], q_value;
-          v[0] = load(f.to[i] + a_at(b - blocks.begin, 0));
-          Cell::template reset<M, V>(v, load(f.c_prev[r] + b * L, lanes(b)), q_value);
-          store(f.to[i] + a_at(b - blocks.begin, 0), v[0]);
-          store(q + b * L, q_value);
-        }
+        T* q = (keeps() ? tape_row(t, r) : f.state + r * pitch()) + Q_AT * Hp;
+        reset_operand(f.to[i], f.c_prev[r], q);
         f.from[i] = q;
       }
       sync();
@@ -360,24 +393,11 @@ struct Sequence {
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
-      T* kept_row = j.tape ? tape_row(t, r) : f.state + r * pitch();
+      T* kept_row = keeps() ? tape_row(t, r) : f.state + r * pitch();
       T* h_row = j.projected ? kept_row + HIDDEN_AT * Hp : out_row(j.y, t, r);
-      T* c_row = kept_row + C_AT * Hp;
-      const T* c_prev = f.c_prev[r];
-      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-        V v[PRE], p[Cell::PEEP + 1], kept[Cell::KEPT], c = all(T(0)), h;
-        for (int g = 0; g < PRE; ++g) v[g] = load(f.to[i] + a_at(b - blocks.begin, g));
-        for (int g = 0; g < Cell::PEEP; ++g) p[g] = load(f.peep + (g * blocks.size() + b - blocks.begin) * L);
-        if constexpr (Cell::CARRIES) c = load(c_prev + b * L, lanes(b));
-        Cell::template forward<M, V>(v, p, c, kept, c, h);
-        if (j.tape)
-          for (int k = 0; k < Cell::KEPT; ++k) store(kept_row + k * Hp + b * L, kept[k]);
-        if constexpr (Cell::CARRIES) {
-          store(c_row + b * L, c);
-          if (j.cells.data) store(out_row(j.cells, t, r) + b * L, c, lanes(b));
-        }
-        store(h_row + b * L, h, lanes(b));
-      }
+      T* c_row = j.tape ? tape_c(t, r) : kept_row + C_AT * Hp;
+      ending(f, f.to[i], f.c_prev[r], keeps() ? kept_row : nullptr, c_row, Cell::CARRIES && j.cells.data ? out_row(j.cells, t, r) : nullptr,
+             h_row);
       if (Cell::CARRIES) f.c_prev[r] = c_row;
       f.from[i] = h_row;
     }
@@ -428,6 +448,9 @@ struct Sequence {
     T *da, *dy_total;         // [token of a chunk][da_pitch], [token of a chunk][R padded]
     T *a_packed, *dy_packed;  // daᵀ, dy_totalᵀ for products over tokens
     T* operand[4];            // packed x, h_{t-1}, q, hidden
+    Forward again;            // with `recompute`
+    T* kept;                  // [token of a chunk][pitch], likewise
+    int64_t base;             // the chunk's first token
     T *zeros, *sums;          // [MAX_NV·L]; [PRE·H]
     const T** from;
     T** to;
@@ -476,6 +499,8 @@ struct Sequence {
     f.dy_packed = arena.take<T>(j.projected ? (j.R + PACKED_ROWS) * elements(tokens) : 0);
     for (int i = 0; i < 4; ++i)
       f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, elements(tokens)).size() : 0);
+    f.kept = nullptr;
+    if (j.recompute) f.again = plan_forward(arena, arena), f.kept = arena.take<T>(tokens * pitch());
     const int64_t pointers = most(most(tokens, PRE * H), most(j.R, j.B));
     for (int64_t i = 0; i < w.count; ++i) {
       T* zeros = arena.take<T>(MAX_NV * L);
@@ -533,13 +558,16 @@ struct Sequence {
   void backward() const {
     const FlushDenormals<T> guard;
     Arena arena(w.scratch);
-    const Backward f = plan_backward(arena);
+    Backward f = plan_backward(arena);
     pack_backward(f);
+    if (j.recompute) pack_forward(f.again);
     const int64_t chunk = backward_steps();
     for (int64_t s1 = j.T; s1 > 0; s1 = most(0, s1 - chunk)) {
       const int64_t s0 = most(0, s1 - chunk);
       const int64_t t0 = least(time(s0), time(s1 - 1)), t1 = most(time(s0), time(s1 - 1)) + 1;
       const int64_t base = j.start[t0], tokens = j.start[t1] - base;
+      f.base = base;
+      if (j.recompute) recompute(f, s0, s1);
       for (int64_t s = s1 - 1; s >= s0; --s) backward_step(f, s, base);
       join();
       gather(f, t0, t1, tokens);
@@ -556,6 +584,41 @@ struct Sequence {
       if (Cell::CARRIES && j.dc_0)
         memcpy(out(j.dc_0) + at * H + blocks.begin * L, f.dc + r * Hp + blocks.begin * L,
                static_cast<size_t>(most(0, units_of(blocks))) * sizeof(T));
+    }
+  }
+
+  const T* kept_row(const Backward& f, int64_t t, int64_t r) const {
+    return j.recompute ? f.kept + (j.start[t] + r - f.base) * pitch() : tape_row(t, r);
+  }
+  // What forward did in the steps [s0, s1), for all of them at once, since every h_{t-1} and c_{t-1} is there.
+  void recompute(const Backward& f, int64_t s0, int64_t s1) const {
+    const Forward& g = f.again;
+    const int64_t row_size = blocks.size() * PRE * L, chunk = forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L);
+    for (int64_t s = s0; s < s1; s += chunk) {
+      const int64_t end = least(s1, s + chunk);
+      const int64_t count = start_sums(g, s, end);
+      const auto each = [&](auto visit) {
+        int64_t i = 0;
+        for (int64_t step = s; step < end; ++step)
+          for (int64_t r = running(time(step)).begin; r < running(time(step)).end; ++r, ++i) visit(i, step, r);
+      };
+      const auto row = [&](int64_t step, int64_t r) { return f.kept + (j.start[time(step)] + r - f.base) * pitch(); };
+      each([&](int64_t i, int64_t step, int64_t r) { g.from[i] = h_before(step, r); });
+      if (row_size > 0) affine(f.again, g.h_early, count, g.from, nullptr, g.to);
+      if constexpr (RESETS_FIRST) {
+        each([&](int64_t i, int64_t step, int64_t r) {
+          T* q = row(step, r) + Q_AT * Hp;
+          reset_operand(g.to[i], c_before(step, r), q);
+          g.from[i] = q;
+        });
+        sync();
+        if (row_size > 0) affine(g, g.h_late, count, g.from, nullptr, g.to);
+      }
+      each([&](int64_t i, int64_t step, int64_t r) {
+        T* to = row(step, r);
+        ending(g, g.to[i], Cell::CARRIES ? c_before(step, r) : nullptr, to, to + C_AT * Hp, nullptr,
+               j.projected ? to + HIDDEN_AT * Hp : nullptr);
+      });
     }
   }
 
@@ -582,8 +645,8 @@ struct Sequence {
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
-      const T* kept_row = tape_row(t, r);
-      const T* c_row = kept_row + C_AT * Hp;
+      const T* kept_from = kept_row(f, t, r);
+      const T* c_row = kept_from + C_AT * Hp;
       const T* c_prev = Cell::CARRIES ? c_before(s, r) : nullptr;
       const T* dy = row_of(j.dy, t, r);
       const T* dh_row = j.projected ? f.dhidden + r * Hp : j.taps > 1 ? window(f.dh, r, s + 1) : f.dh + r * dh_pitch();
@@ -592,7 +655,7 @@ struct Sequence {
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const int m = lanes(b);
         V kept[Cell::KEPT], p[Cell::PEEP + 1], d[PRE], c = all(T(0)), before = all(T(0)), dc = all(T(0));
-        for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_row + k * Hp + b * L);
+        for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + k * Hp + b * L);
         load_peepholes(b, p);
         if constexpr (Cell::CARRIES) c = load(c_row + b * L), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
         V dh = load(dh_row + b * L, m);
@@ -611,10 +674,10 @@ struct Sequence {
       send_back(f, f.w_late, n, f.zeros, first, true);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
-        const T *kept_row = tape_row(t, r), *c_prev = c_before(s, r);
+        const T *kept_from = kept_row(f, t, r), *c_prev = c_before(s, r);
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
           V kept[Cell::KEPT], d[PRE], dc = load(f.dc + r * Hp + b * L);
-          for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_row + k * Hp + b * L);
+          for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + k * Hp + b * L);
           Cell::template reset_backward<M, V>(kept, load(c_prev + b * L, lanes(b)), load(f.dq + r * Hp + b * L), dc, d);
           store(da + i * da_pitch() + b * L, d[0], lanes(b));
           store(f.dc + r * Hp + b * L, dc);
@@ -670,16 +733,16 @@ struct Sequence {
       const Panels<T> p(operand_width(i), 1, elements(tokens));
       for (int64_t panel = 0; panel < p.count(); ++panel) {
         if (turn++ % w.count != w.id) continue;
-        if (!ready) operand_rows(i, t0, t1, f.from);
+        if (!ready) operand_rows(f, i, t0, t1, f.from);
         ready = true;
         multiply.rows(p, panel, tokens, f.from, f.operand[i] + p.at(panel));
       }
     }
   }
-  void operand_rows(int i, int64_t t0, int64_t t1, const T** row) const {
+  void operand_rows(const Backward& f, int i, int64_t t0, int64_t t1, const T** row) const {
     for (int64_t t = t0, k = 0; t < t1; ++t) {
       for (int64_t r = 0; r < j.active[t]; ++r, ++k)
-        row[k] = i == 0 ? row_of(j.x, t, r) : i == 1 ? h_before(time(t), r) : tape_row(t, r) + (i == 2 ? Q_AT : HIDDEN_AT) * Hp;
+        row[k] = i == 0 ? row_of(j.x, t, r) : i == 1 ? h_before(time(t), r) : kept_row(f, t, r) + (i == 2 ? Q_AT : HIDDEN_AT) * Hp;
     }
   }
 
@@ -721,7 +784,7 @@ struct Sequence {
           for (int64_t r = 0; r < j.active[t]; ++r, da += da_pitch()) {
             V d[PRE], dp[Cell::PEEP];
             for (int k = 0; k < PRE; ++k) d[k] = load(da + k * H, m);
-            Cell::template peephole_gradient<V>(d, load(c_before(time(t), r) + b * L, m), load(tape_row(t, r) + C_AT * Hp + b * L), dp);
+            Cell::template peephole_gradient<V>(d, load(c_before(time(t), r) + b * L, m), load(tape_c(t, r) + b * L), dp);
             for (int i = 0; i < Cell::PEEP; ++i) sum[i] = sum[i] + dp[i];
           }
         for (int i = 0; i < Cell::PEEP; ++i) store(out(j.dpeep) + i * H + b * L, sum[i], m);

@@ -23,7 +23,7 @@ namespace rnnfast {
 namespace {
 
 constexpr int SPINS = 4000;  // some 20 to 60 microseconds before a waiting thread sleeps
-constexpr int LATE = 200;    // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
+constexpr int LATE = 500;    // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
 
 void relax() {
 #if defined(__x86_64__)

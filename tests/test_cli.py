@@ -52,6 +52,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- What works ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [[], ["--alone"]], ids=["with torch", "alone"])
+def test_bench_prints_peaks_and_shares(options: list[str]) -> None:
+    said = good("bench", "--seconds", "0.001", "--threads", 1, *options)
+    assert re.search(r"rnnfast [\d.]+\S*, CPU target \S+, threads 1\n", said)
+    peaks = {name: float(value) for name, value in re.findall(r"^(float32|float64|bfloat16|int8) +([\d.]+)$", said, re.M)}
+    assert len(peaks) == 4
+    assert peaks["float32"] > 1.5 * peaks["float64"] or rnnfast.target() == "scalar"
+    rows = re.findall(r"^(lstm|gru|rnn_tanh) +\d+ +\d+ +\d+ (inference|training) +[\d.]+ +[\d.]+ +(\d+)%( +[\d.]+ +[\d.]+)?$", said, re.M)
+    assert len(rows) == 3 * 4 * 2
+    assert all(0 <= int(share) <= 130 for _, _, share, _ in rows)
+    assert max(int(share) for _, _, share, _ in rows) > 30
+    assert all(bool(torch) == (not options) for *_, torch in rows)
+
+
 def test_train_says_and_writes_what_it_does(tmp_path: Path) -> None:
     said = good("lm", "train", *TEXT, *SMALL, "--steps", 40, "--sample-every", 20, "--out", tmp_path / "run")
     assert re.search(r"text: .*json, [\d,]+ bytes to learn, [\d,]+ held out", said)

@@ -95,6 +95,37 @@ def test_backward_twice_on_a_tape(cell: str, target: str) -> None:
     assert_same(*runs)
 
 
+class Recomputing:
+    """`functional`, with a short tape."""
+
+    @staticmethod
+    def forward(*arguments: Any, **options: Any) -> Any:
+        return functional.forward(*arguments, **options, recompute=True)
+
+    backward = staticmethod(functional.backward)
+
+
+@pytest.mark.parametrize("shape", ["long and wide", *BUSY])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_short_tape_gives_the_same(cell: str, shape: str, target: str, set_num_threads: Callable[[int], None]) -> None:
+    for problem in options_of(cell, BUSY.get(shape, shape)):
+        a = arrays(problem, "float32")
+        for count in (1, 3):
+            set_num_threads(count)
+            assert_same(results(Recomputing, cell, a), results(functional, cell, a))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_short_tape_is_a_fifth(cell: str) -> None:
+    a = arrays(Problem(cell, "panel"), "float32")
+
+    def size(recompute: bool) -> int:
+        tape = functional.forward(cell, a.x, None, a.params, recompute=recompute)[2]
+        return sum(run.size for layer in tape.runs for run in layer)
+
+    assert size(True) <= (size(False) // 5 if cell in ("lstm", "lstm_peephole", "gru", "gru_reset_before") else 0)
+
+
 # ---- A sequence in pieces --------------------------------------------------------------------------------------------
 
 CHUNKED = [

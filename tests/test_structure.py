@@ -141,6 +141,8 @@ def modules() -> list[Path]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.name)
 def test_a_framework_is_known_to_its_own_file_alone(path: Path) -> None:
+    if path.name == "bench.py":
+        return  # measures frameworks, and is built on none
     known = imports(path, at_import_only=False) & FRAMEWORKS.keys()
     assert {FRAMEWORKS[name] for name in known} <= {path.name}
 
@@ -169,7 +171,7 @@ def test_layers_stand_on_functional_and_functional_on_the_core() -> None:
     assert ours("layers.py") <= {"._core", ".functional", ".module"}
     assert ours("module.py") == set()
     for path in modules():
-        assert "._core" not in ours(path.name) or path.name in ("functional.py", "layers.py", "torch.py"), path.name
+        assert "._core" not in ours(path.name) or path.name in ("functional.py", "layers.py", "torch.py", "bench.py"), path.name
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

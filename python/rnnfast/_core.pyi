@@ -37,7 +37,7 @@ class Stream:
     def copy(self) -> Stream: ...
     def refresh(self) -> None: ...
 
-def tape_size(cell: str, layout: Layout, weights: list[Array | None], taps: int, suffix: str) -> int: ...
+def tape_size(cell: str, layout: Layout, weights: list[Array | None], taps: int, suffix: str, recompute: bool) -> int: ...
 def forward(
     cell: str,
     layout: Layout,
@@ -57,6 +57,7 @@ def forward(
     fresh_c: Array | None,
     cells: Array | None,
     tape: Array | None,
+    recompute: bool,
     snapshot: Packs | None = None,
     queue: Queue | None = None,
 ) -> None: ...
@@ -76,6 +77,7 @@ def backward(
     fresh_h: Array | None,
     fresh_c: Array | None,
     tape: Array,
+    recompute: bool,
     dy: Array,
     dh_T: Array | None,
     dc_T: Array | None,
@@ -87,6 +89,7 @@ def backward(
     gradients: list[Array | None],
     queue: Queue | None = None,
 ) -> None: ...
+def peak(compute: str, rounds: int) -> float: ...  # operations done in registers: what a product can reach at most
 def targets() -> list[str]: ...
 def target() -> str: ...
 def use_target(name: str) -> None: ...

@@ -1,4 +1,4 @@
-"""The command line: `rnnfast lm train`, `rnnfast lm sample`, `rnnfast forecast`, `rnnfast info`.
+"""The command line: `rnnfast lm train`, `rnnfast lm sample`, `rnnfast forecast`, `rnnfast bench`, `rnnfast info`.
 
 Whatever the user gives that cannot be used ends in one line on stderr and exit code 2; Ctrl-C in 130. The work is
 lm.py's and forecast.py's; this file knows only names, defaults and exit codes.
@@ -62,6 +62,17 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="version, CPU target in use, threads, CUDA")
     info.set_defaults(run=_info)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine, the kernels on it, and torch where it is installed",
+        description="Measures multiply-adds a second on one thread and on all, then every cell at four sizes, forward and training, as a share "
+        "of that; and where torch is installed how many times as long it takes on the same weights and inputs. About a minute.",
+    )
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--seconds", metavar="X", type=_above_0, default=0.05, help="length of a block, of which there are three (default: %(default)s)")
+    bench.add_argument("--threads", metavar="N", type=_whole(1), help="of the kernels (default: what the machine has)")
+    bench.add_argument("--alone", action="store_true", help="without torch")
 
     lm = commands.add_parser("lm", help="a language model of bytes: train it, sample from it")
     lm_commands = lm.add_subparsers(dest="lm_command", required=True, metavar="COMMAND")
@@ -175,6 +186,31 @@ def _info(args: argparse.Namespace) -> int:
         ("Python", f"{sys.version.split()[0]}, NumPy {np.__version__}"),
     ):
         print(f"{name:12}{value}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import rnnfast
+
+    from . import bench
+
+    if args.threads:
+        rnnfast.set_num_threads(args.threads)
+    threads = rnnfast.get_num_threads()
+    print(f"rnnfast {rnnfast.__version__}, CPU target {rnnfast.target()}, threads {threads}")
+    print(f"{'products of':12}{'1 thread':>12}" + (f"{f'{threads} threads':>12}" if threads > 1 else "") + "   10^9 operations a second in registers")
+    peaks = {}
+    for compute in ("float32", "float64", "bfloat16", "int8"):
+        peaks[compute] = [bench.peak(compute, n) / 1e9 for n in sorted({1, threads})]
+        print(f"{compute:12}" + "".join(f"{value:12.1f}" for value in peaks[compute]), flush=True)
+    print(f"\n{'cell':10}{'T':>5}{'B':>4}{'H':>5} {'mode':10}{'ms':>10}{'GFLOP/s':>9}{'share':>7}{'torch ms':>10}{'ratio':>7}")
+    for row in bench.measure(seconds=args.seconds, peers=not args.alone):
+        line = f"{row['cell']:10}{row['T']:5}{row['B']:4}{row['H']:5} {row['mode']:10}{row['ms']:10.4g}{row['gflops']:9.1f}"
+        line += f"{row['gflops'] / peaks['float32'][-1]:7.0%}"
+        if "torch_ms" in row:
+            line += f"{row['torch_ms']:10.4g}{row['torch_ms'] / row['ms']:7.2f}"
+            line += "  but the outputs differ" if row["difference"] > 1e-4 else ""
+        print(line, flush=True)
     return 0
 
 

@@ -124,53 +124,26 @@ def activities(layer: _Layer, x: ArrayLike, state: Any = None) -> dict[str, Arra
 
         LSTM  i f g o c h        GRU  r z n h        RNN  h
 
-    layer: one layer of one direction without projection; x (T, B, I) and state as for it. The states come from the layer, the gates are its
-    equations once more from x_t, h_{t-1} and c_{t-1}. For pictures see `plots.activity_plot` and `plots.text_activity`.
+    layer: one layer of one direction without projection; x (T, B, I) and state as for it. All are the kernels' own numbers, which they keep for
+    backward. For pictures see `plots.activity_plot` and `plots.text_activity`.
 
     Raises ValueError for several layers, a bidirectional or a projected one.
 
     >>> layer = LSTM(2, 3, seed=0)
     >>> a = activities(layer, np.ones((4, 1, 2), np.float32))
-    >>> bool(np.allclose(a["h"], a["o"] * np.tanh(a["c"]))), list(a)
+    >>> bool(np.allclose(a["c"][1:], a["f"][1:] * a["c"][:-1] + a["i"][1:] * a["g"][1:], atol=1e-6)), list(a)
     (True, ['i', 'f', 'g', 'o', 'c', 'h'])
     """
     if layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
         raise ValueError("activities: the layer must be one layer of one direction without projection")
-    x, p = np.asarray(x), layer.parameters()
-    started = _start(layer) if state is None else state
-    paired = layer.cell.startswith("lstm")
-    y, _, _, *cells = functional.forward(layer.cell, x, state, p, cells=paired, tape=False)
-    h_0 = np.broadcast_to(started[0] if paired else started, (1, *y.shape[1:]))
-    before = np.concatenate((h_0, y))[: len(y)]  # h_{t-1}
-    if layer.cell.startswith("rnn"):
+    y, _, tape = functional.forward(layer.cell, np.asarray(x), state, layer.parameters())
+    letters = {"lstm": "ifgoc", "gru": "rzn", "rnn": ""}[layer.cell.split("_")[0]]
+    if not letters:
         return {"h": y}
-    H = layer.hidden_size
-    bias = [p.get(name, np.zeros(len(p["weight_ih_l0"]), y.dtype)) for name in ("bias_ih_l0", "bias_hh_l0")]
-    from_x, W = x @ p["weight_ih_l0"].T + bias[0], p["weight_hh_l0"]  # (T, B, G H)
-
-    def part(k: int, operand: Array) -> tuple[Array, Array]:
-        """Gate k's sums over x and over the operand, (T, B, H) each."""
-        rows = slice(k * H, (k + 1) * H)
-        return from_x[..., rows], operand @ W[rows].T + bias[1][rows]
-
-    if not paired:
-        r, z = (_sigmoid(np.add(*part(k, before))) for k in (0, 1))
-        a, b = part(2, r * before if layer.cell == "gru_reset_before" else before)
-        return {"r": r, "z": z, "n": np.tanh(a + (b if layer.cell == "gru_reset_before" else r * b)), "h": y}
-    c = cells[0]
-    c_before = np.concatenate((np.broadcast_to(started[1], (1, *c.shape[1:])), c))[: len(c)]
-    sums = [np.add(*part(k, before)) for k in range(4)]
-    if "weight_peep_l0" in p:
-        for k, row, seen in ((0, 0, c_before), (1, 1, c_before), (3, 2, c)):
-            sums[k] += p["weight_peep_l0"][row] * seen
-    i, f, o = (_sigmoid(sums[k]) for k in (0, 1, 3))
-    return {"i": i, "f": f, "g": np.tanh(sums[2]), "o": o, "c": c, "h": y}
-
-
-def _sigmoid(x: Array) -> Array:
-    e = np.exp(-np.abs(x))  # never overflows
-    y: Array = np.where(x >= 0, 1, e) / (1 + e)
-    return y
+    run = tape.runs[0][0]
+    assert run.buffer is not None
+    kept = run.buffer[: run.size].reshape(*y.shape[:2], 5, -1)  # the kernels' tape: gates first, c last, units padded (csrc/sequence.hpp)
+    return {letter: kept[:, :, k, : layer.hidden_size].copy() for k, letter in enumerate(letters)} | {"h": y}
 
 
 def neuron_gradients(model: Module) -> dict[str, Array]:

@@ -94,6 +94,7 @@ class Tape:
     paired: bool  # is the state (h, c)?
     started: bool  # was the state given?
     compute: str  # what products multiply
+    recompute: bool
     checksum: int | None = None  # of x, in debug mode
     parts: list[tuple[int, int, Tape, NDArray[np.bool_]]] = field(default_factory=list, repr=False)  # see _forward_in_parts
 
@@ -164,6 +165,7 @@ def forward(
     tape: bool = True,
     snapshot: dict[str, _core.Packs] | None = None,
     compute_dtype: str | None = None,
+    recompute: bool = False,
 ) -> Any:
     """Run layers of a recurrent cell over sequences: the equations of `rnnfast.reference.forward`, fused.
 
@@ -190,6 +192,8 @@ def forward(
             by up to 1 % of the largest output and 5 % of the largest gradient (20 % through a ReLU). "int8", without a tape, rounds them to
             127 steps either side of 0, with a scale for each row of the weights, of x and of h, up to 3 % off on the same layers: weights that
             stream from memory take a quarter of the time. None: x's dtype.
+        recompute: keep a tape of a fifth the size (an LSTM's and a GRU's; none for an RNN), from which backward gets the same bits a third
+            slower, by computing the gates again.
 
     Returns:
         y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
@@ -249,7 +253,7 @@ def forward(
     carries = lstm or who == "gru"
     paired = lstm or (who == "gru" and w_hr is not None)
     if cut is not None and output_taps > 1:
-        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute)
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute, recompute)
     fresh_h, fresh_c = (_initial(params, name, (L * D, 1, n), x.dtype, who) for name, n in (("h_0", S), ("c_0", H)))
     h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
     if carries and not paired:  # a GRU carries its own h
@@ -278,7 +282,7 @@ def forward(
             )  # fmt: skip
             kept = None
             if tape:
-                run.size = _core.tape_size(cell, layout, run.weights, output_taps, run.suffix)
+                run.size = _core.tape_size(cell, layout, run.weights, output_taps, run.suffix, recompute)
                 run.buffer = _buffers.take(run.size, x.dtype)
                 kept = run.buffer[: run.size]
             c_out = None
@@ -287,7 +291,7 @@ def forward(
                 c_out = every_c[..., at : at + H]
             _core.forward(
                 cell, layout, run.weights, run.suffix, compute, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
-                h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept,
+                h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept, recompute,
                 None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()), queue,
             )  # fmt: skip
             layer_runs.append(run)
@@ -298,7 +302,7 @@ def forward(
     final = h_T if c_T is None else (h_T, c_T)
     kept_tape = None
     if tape:
-        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None, compute)
+        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None, compute, recompute)
         kept_tape.checksum = zlib.crc32(x.tobytes()) if _DEBUG else None
         result.flags.writeable = False
     return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
@@ -429,7 +433,7 @@ def backward(
             assert run.buffer is not None
             _core.backward(
                 tape.cell, tape.layout, run.weights, run.suffix, tape.compute, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
-                run.fresh_c, run.buffer[: run.size], dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
+                run.fresh_c, run.buffer[: run.size], tape.recompute, dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
                 None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
                 [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)], queue,
             )  # fmt: skip
@@ -475,7 +479,7 @@ def backward(
 
 def _forward_in_parts(
     cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
-    paired: bool, cells: bool, compute: str,
+    paired: bool, cells: bool, compute: str, recompute: bool,
 ) -> Any:  # fmt: skip
     T = len(x)
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
@@ -491,14 +495,16 @@ def _forward_in_parts(
             mixed = tuple(np.where(rows[:, None], b, a) for a, b in zip(old, new))
             mixed_state = mixed if paired else mixed[0]
         lengths = None if ends is None else np.clip(ends - t0, 0, t1 - t0)
-        y, state, whole, *c = forward(cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells, compute_dtype=compute)
+        y, state, whole, *c = forward(
+            cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells, compute_dtype=compute, recompute=recompute
+        )  # fmt: skip
         ys.append(y)
         cs.extend(c)
         if whole is not None:
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, compute, parts=parts)
+        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, compute, recompute, parts=parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 

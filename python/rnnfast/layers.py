@@ -39,6 +39,7 @@ class _Recurrent(Module):
     def __init__(
         self, cell: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, bidirectional: bool,
         proj_size: int, skip: bool, learn_initial_state: bool, forget_bias: float, dtype: DTypeLike, seed: int | None, compute_dtype: str | None,
+        recompute: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self._snapshot: dict[str, Any] = {}
@@ -58,7 +59,7 @@ class _Recurrent(Module):
         self.bidirectional, self.skip = bool(bidirectional), bool(skip)
         if compute_dtype not in ((None, "float32", "bfloat16", "int8") if np.dtype(dtype) == np.float32 else (None, "float64")):
             raise ValueError(f"{name}: compute_dtype must be bfloat16 or int8, with dtype float32, or None, got {compute_dtype!r} with {np.dtype(dtype)}")
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.recompute = compute_dtype, bool(recompute)
         self.generator = np.random.default_rng(seed)
         G, H, I, D = self._gates, hidden_size, input_size, 1 + self.bidirectional
         R = proj_size or H
@@ -176,6 +177,7 @@ class _Recurrent(Module):
         y, new, tape, *c = functional.forward(
             self.cell, x, state, self._parameters, num_layers=self.num_layers, bidirectional=self.bidirectional, skip=self.skip, lengths=lengths,
             reset=reset, dropout_masks=masks, cells=cells, tape=training, snapshot=None if training else self._snapshot, compute_dtype=self.compute_dtype,
+            recompute=self.recompute,
         )  # fmt: skip
         parts = [y, *c]
         if single:
@@ -259,6 +261,7 @@ class LSTM(_Recurrent):
         seed: of the start values U(-1/√H, 1/√H) and of dropout.
         compute_dtype: "bfloat16", or in eval mode "int8", rounds the factors of every product, as `rnnfast.functional.forward` says; parameters
             and states stay float32.
+        recompute: keep a fifth of what backward needs and compute the rest again there, for the same bits in a third more time.
 
     Sources: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate); Gers & Schmidhuber 2000 (peepholes); Sak et al. 2014
     (projection).
@@ -278,10 +281,11 @@ class LSTM(_Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, peephole: bool = False, skip: bool = False, learn_initial_state: bool = False,
         forget_bias: float = 0.0, dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
+        recompute: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
             "lstm_peephole" if peephole else "lstm", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip,
-            learn_initial_state, forget_bias, dtype, seed, compute_dtype,
+            learn_initial_state, forget_bias, dtype, seed, compute_dtype, recompute,
         )  # fmt: skip
 
 
@@ -310,12 +314,13 @@ class GRU(_Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, reset_after: bool = True, skip: bool = False, learn_initial_state: bool = False,
         dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
+        recompute: bool = False,
     ) -> None:  # fmt: skip
         if proj_size and not reset_after:
             raise ValueError("GRU: proj_size needs reset_after=True: r multiplies the H-wide state before the product")
         super().__init__(
             "gru" if reset_after else "gru_reset_before", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip,
-            learn_initial_state, 0.0, dtype, seed, compute_dtype,
+            learn_initial_state, 0.0, dtype, seed, compute_dtype, recompute,
         )  # fmt: skip
 
 
@@ -336,12 +341,13 @@ class RNN(_Recurrent):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False, dropout: float = 0.0,
         bidirectional: bool = False, proj_size: int = 0, *, nonlinearity: str = "tanh", skip: bool = False, learn_initial_state: bool = False,
         dtype: DTypeLike = "float32", seed: int | None = None, compute_dtype: str | None = None,
+        recompute: bool = False,
     ) -> None:  # fmt: skip
         if nonlinearity not in ("tanh", "relu", "sigmoid", "identity"):
             raise ValueError(f"RNN: nonlinearity must be tanh, relu, sigmoid or identity, got {nonlinearity!r}")
         super().__init__(
             f"rnn_{nonlinearity}", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, skip, learn_initial_state,
-            0.0, dtype, seed, compute_dtype,
+            0.0, dtype, seed, compute_dtype, recompute,
         )  # fmt: skip
 
 
