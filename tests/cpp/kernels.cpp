@@ -2,7 +2,9 @@
 //
 //   integers are exact      an identity or relu RNN on small integers equals int64 loops, forward and backward, to the last bit: packing,
 //                           tails, lengths, resets, projection, output taps, direction, threads
-//   workers change nothing  every cell and dtype gives the same bits with 1, 2, 3 and 4 workers, however they share the job
+//   workers change nothing  every cell and dtype gives the same bits with 1, 2, 3 and 4 workers, however they share the job, with packs
+//   kept
+//                           or not and a long or a short tape; and so do products in bfloat16 and int8
 //
 // Every buffer is a heap block of exactly the size the border asks for, and inputs past a row's end are NaN, so that AddressSanitizer sees
 // a step too far and a test sees a value that should not have been read. Knows the border alone.
@@ -178,9 +180,22 @@ void with_workers(int count, int row_groups, const Block& packs, size_t scratch_
   for (std::thread& thread : others) thread.join();
 }
 
+// What a caller may ask for beside the job itself.
+struct Way {
+  const char* name;
+  Compute compute = OWN;
+  bool recompute = false, kept = false;
+};
+const Way PLAIN = {"plain"}, WAYS[] = {{"short tape", OWN, true},
+                                       {"kept packs", OWN, false, true},
+                                       {"bfloat16", BFLOAT16},
+                                       {"bfloat16, short tape, kept packs", BFLOAT16, true, true},
+                                       {"int8", INT8},
+                                       {"int8, kept packs", INT8, false, true}};
+
 // `divisor` turns the integers into ordinary weights, for the cells that are no integer functions.
 template <class T>
-Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, int row_groups, int divisor) {
+Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, int row_groups, int divisor, const Way& way = PLAIN) {
   const Shape& s = p.s;
   const Dtype dtype = sizeof(T) == 4 ? FLOAT32 : FLOAT64;
   std::vector<std::vector<T>> copies;
@@ -215,6 +230,8 @@ Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, i
   }
   j.dw_ih = r.dw_ih.data(), j.dw_hh = r.dw_hh.data(), j.db_ih = r.db_ih.data(), j.db_hh = r.db_hh.data();
 
+  j.compute = way.compute, j.recompute = way.recompute, j.kept = way.kept;
+
   const Block packs(k.packs_size(kind, dtype, j, workers, row_groups));
   auto forward = [&](void* tape, bool packed) {
     j.tape = tape, j.packed = packed;
@@ -222,6 +239,10 @@ Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, i
                  [&](const Worker& w) { k.forward(kind, dtype, j, w); });
   };
   forward(nullptr, false);
+  if (way.compute == INT8) {
+    for (auto* gradient : {&r.dx, &r.dh_0, &r.dc_0, &r.dreset_h, &r.dreset_c}) std::fill(gradient->begin(), gradient->end(), T(0));
+    return r;
+  }
   const Results<T> inference = r;
   r.y.assign(r.y.size(), T(0));
   std::vector<T> tape(k.tape_size(kind, dtype, j));
@@ -331,6 +352,21 @@ void integers_are_exact(const Kernels& k) {
 }
 
 template <class T>
+void same(const Kernels& k, CellKind kind, const Shape& s, const Team& team, const Way& way, const Results<T>& found,
+          const Results<T>& expected) {
+  std::vector<const std::vector<T>*> all;
+  expected.each([&](const char*, const std::vector<T>& v) { all.push_back(&v); });
+  size_t next = 0;
+  found.each([&](const char* name, const std::vector<T>& v) {
+    const std::vector<T>& e = *all[next++];
+    const bool finite = std::none_of(v.begin(), v.end(), [](T value) { return value != value; });
+    if (!CHECK(finite && (v.empty() || std::memcmp(v.data(), e.data(), v.size() * sizeof(T)) == 0)))
+      std::printf("  %s float%d, kind %d, %s, %s, %d workers in %d row groups: %s%s\n", k.target, int(8 * sizeof(T)), kind, s.why, way.name,
+                  team.workers, team.row_groups, name, finite ? "" : " is NaN");
+  });
+}
+
+template <class T>
 void workers_change_nothing(const Kernels& k) {
   for (int kind_number = 0; kind_number < CELL_KINDS; ++kind_number) {
     const CellKind kind = static_cast<CellKind>(kind_number);
@@ -341,17 +377,13 @@ void workers_change_nothing(const Kernels& k) {
       const Results<T> one = run<T>(k, kind, p, 1, 1, 8);
       for (const Team& team : TEAMS) {
         if (team.workers == 1) continue;
-        const Results<T> many = run<T>(k, kind, p, team.workers, team.row_groups, 8);
-        std::vector<const std::vector<T>*> all;
-        one.each([&](const char*, const std::vector<T>& v) { all.push_back(&v); });
-        size_t next = 0;
-        many.each([&](const char* name, const std::vector<T>& v) {
-          const std::vector<T>& e = *all[next++];
-          const bool finite = std::none_of(v.begin(), v.end(), [](T value) { return value != value; });
-          if (!CHECK(finite && (v.empty() || std::memcmp(v.data(), e.data(), v.size() * sizeof(T)) == 0)))
-            std::printf("  %s float%d, kind %d, %s, %d workers in %d row groups: %s%s\n", k.target, int(8 * sizeof(T)), kind, s.why,
-                        team.workers, team.row_groups, name, finite ? "" : " is NaN");
-        });
+        same(k, kind, s, team, PLAIN, run<T>(k, kind, p, team.workers, team.row_groups, 8), one);
+      }
+      for (const Way& way : WAYS) {
+        if (way.compute != OWN && sizeof(T) == 8) continue;
+        const Results<T> alone = way.compute == OWN ? one : run<T>(k, kind, p, 1, 1, 8, way);  // what is kept, and when, changes nothing
+        for (const Team& team : {TEAMS[0], TEAMS[2], TEAMS[3]})
+          same(k, kind, s, team, way, run<T>(k, kind, p, team.workers, team.row_groups, 8, way), alone);
       }
     }
   }
