@@ -282,13 +282,15 @@ struct Call {
     const Plan p = plan(kind, dtype, job, most);
     row_groups = p.row_groups;
     rnnfast::run(p.workers, task, this, prepare);
-    Pool::get().give(std::move(scratch));
-    if (!backward && !held) Pool::get().give(std::move(packs));
+    give_back();
   }
   // Without a team.
   void run_alone() {
     prepare(this, 1);
     task(this, 0, 1, nullptr, nullptr);
+    give_back();
+  }
+  void give_back() {
     Pool::get().give(std::move(scratch));
     if (!backward && !held) Pool::get().give(std::move(packs));
   }
@@ -320,9 +322,11 @@ struct Call {
   }
 };
 
-// Two jobs that don't depend on each other, a layer's directions: a thread each where a job alone would not be split by rows, since then
-// the threads need not wait for each other at every step.
-void run_both(Call& a, Call& b) {
+// One job, or two that don't depend on each other, a layer's directions: a thread each where a job alone would not be split by rows, since
+// then the threads need not wait for each other at every step.
+void run_together(std::vector<Call>& calls) {
+  if (calls.size() == 1) return calls[0].run();
+  Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
   if (p.row_groups > 1 || std::min(thread_count(), a.most) == 1 || work < 1e5) {
@@ -412,8 +416,7 @@ class Queue {
     const py::gil_scoped_release release;
     std::vector<Call> calls;
     for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, e.snapshot});
-    if (calls.size() == 2) return run_both(calls[0], calls[1]);
-    for (Call& c : calls) c.run();
+    if (!calls.empty()) run_together(calls);
   }
 
  private:
@@ -950,10 +953,7 @@ struct Stack {
       calls.push_back(Call{kind, dtype, jobs[static_cast<size_t>(layer * D + d)], backward});
       calls.back().most = threads;
     }
-    if (D == 2)
-      run_both(calls[0], calls[1]);
-    else
-      calls[0].run();
+    run_together(calls);
   }
 
  private:
