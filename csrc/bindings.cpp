@@ -218,6 +218,8 @@ struct Layout {
 // ---- how many threads, and how they share
 // ------------------------------------------------------------------------------------------------
 
+constexpr int ALL = 1 << 16;  // threads: as many as thread_count says
+
 struct Plan {
   int workers, row_groups;
 };
@@ -272,11 +274,11 @@ struct Call {
   Dtype dtype;
   Job& job;
   bool backward;
+  int most = ALL;
   Packs* snapshot = nullptr;
   Packs::Held held{};
   Buffer packs{}, scratch{};
   int row_groups = 1;
-  int most = 1 << 16;  // threads
 
   void run() {
     const Plan p = plan(kind, dtype, job, most);
@@ -400,9 +402,12 @@ void take_reset(Job& j, const Checker& check, const Events& reset, int64_t event
   j.reset = e;
 }
 
-// Calls that wait to be run together; whoever puts them here keeps their arrays alive.
+// Calls that wait to be run together, by so many threads; whoever puts them here keeps their arrays alive.
 class Queue {
  public:
+  explicit Queue(std::optional<int> threads) : most_(threads.value_or(ALL)) {
+    if (most_ < 1) fail("threads must be at least 1, got " + std::to_string(most_));
+  }
   struct Entry {
     CellKind kind;
     Dtype dtype;
@@ -415,19 +420,14 @@ class Queue {
     std::vector<Entry> entries = std::exchange(entries_, {});
     const py::gil_scoped_release release;
     std::vector<Call> calls;
-    for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, e.snapshot});
+    for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, most_, e.snapshot});
     if (!calls.empty()) run_together(calls);
   }
 
  private:
   std::vector<Entry> entries_;
+  int most_;
 };
-void run(Queue* queue, const Queue::Entry& e) {
-  if (queue) return queue->add(e);
-  Queue alone;
-  alone.add(e);
-  alone.run();
-}
 
 py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix,
                       bool recompute) {
@@ -442,7 +442,7 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
 void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
              int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
              const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, bool recompute, Packs* snapshot,
-             Queue* queue) {
+             Queue& queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -466,13 +466,13 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
   if (tape && j.compute == INT8) fail(check.who + "compute_dtype int8 is for inference: it keeps no tape");
   if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
   if (j.B == 0) return;
-  run(queue, {kind, dtype, j, false, snapshot});
+  queue.add({kind, dtype, j, false, snapshot});
 }
 
 void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
               int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
               const Array& fresh_h, const Array& fresh_c, Array& tape, bool recompute, const py::array& dy, const Array& dh_T,
-              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue* queue) {
+              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue& queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -510,7 +510,7 @@ void backward(const std::string& cell, const Layout& layout, const Weights& weig
   j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
   j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
   if (j.B == 0) return;
-  run(queue, {kind, dtype, j, true, nullptr});
+  queue.add({kind, dtype, j, true, nullptr});
 }
 
 // ---- streaming: one step at a time over a snapshot of the weights
@@ -554,7 +554,7 @@ class Stream {
   }
 
   // A whole x (T, B, I) -> (y (T, B, R), state), from `state` or the initial one; None where another call is at it, or x is unusual.
-  py::object sequence(const py::array& x, const py::object& from) {
+  py::object sequence(const py::array& x, const py::object& from, int threads) {
     const std::unique_lock<std::mutex> hold(busy_, std::try_to_lock);  // waiting with the GIL held might be for ever
     const Job& first = layers_.front().job;
     const int64_t T = x.ndim() == 3 ? x.shape(0) : 0, size = static_cast<int64_t>(item());
@@ -580,7 +580,7 @@ class Stream {
         j.packed = false;
         j.x = {i == 0 ? const_cast<void*>(x.data()) : l.chunk_x.data(), j.B * j.I, j.I};
         j.y = {i + 1 == layers_.size() ? result : layers_[i + 1].chunk_x.data(), j.B * j.R, j.R};
-        Call{kind_, dtype_, j, false, l.snapshot.get()}.run();
+        Call{kind_, dtype_, j, false, threads, l.snapshot.get()}.run();
       }
     }
     return py::make_tuple(y, state());
@@ -950,8 +950,7 @@ struct Stack {
     if (tokens == 0) return;
     std::vector<Call> calls;
     for (int64_t d = 0; d < D; ++d) {
-      calls.push_back(Call{kind, dtype, jobs[static_cast<size_t>(layer * D + d)], backward});
-      calls.back().most = threads;
+      calls.push_back(Call{kind, dtype, jobs[static_cast<size_t>(layer * D + d)], backward, threads});
     }
     run_together(calls);
   }
@@ -1194,25 +1193,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
-  py::class_<Queue>(m, "Queue").def(py::init<>()).def("run", &Queue::run);
+  py::class_<Queue>(m, "Queue").def(py::init<std::optional<int>>(), py::arg("threads") = py::none()).def("run", &Queue::run);
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"),
         py::arg("recompute"));
   m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
         py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot") = py::none(),
-        py::arg("queue") = py::none());
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"),
+        py::arg("queue"));
   m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
         py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("recompute"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"),
-        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"),
-        py::arg("queue") = py::none());
+        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("queue"));
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
            py::arg("fresh_c"))
       .def("__call__", &Stream::call, py::arg("x"), py::arg("out") = py::none(),
            "y (B, R), one step on: x (B, I) -> y; `out` receives y where given.")
-      .def("sequence", &Stream::sequence, py::arg("x"), py::arg("state"))
+      .def("sequence", &Stream::sequence, py::arg("x"), py::arg("state"), py::arg("threads") = ALL)
       .def_property("state", &Stream::state, &Stream::set_state, "h (L, B, R), for an LSTM (h, c): a copy; assign to set it.")
       .def("reset", &Stream::reset, py::arg("mask") = py::none(),
            "Puts rows (all, or those where mask (B,) is true) back to the initial state.")

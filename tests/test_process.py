@@ -157,6 +157,35 @@ def test_number_of_threads_from_the_environment() -> None:
     assert 1 <= int(python(script)) <= (os.cpu_count() or 1)
 
 
+def test_a_call_keeps_to_its_threads() -> None:
+    """`threads=` of one call, by the processor time that anybody but the caller has used; and no bit changes."""
+    python(
+        CALL
+        + """
+import time
+from rnnfast import functional
+
+def others(**threads):
+    before = time.process_time() - time.thread_time()
+    options = dict(num_layers=2, bidirectional=True, **threads)
+    y, _, tape = functional.forward("lstm", x, None, both.parameters(), reset=starts, **options)
+    dx, _, _ = functional.backward(tape, y, **threads)
+    return time.process_time() - time.thread_time() - before, y.tobytes() + dx.tobytes()
+
+both = rnnfast.LSTM(64, 64, num_layers=2, bidirectional=True, seed=0)
+starts = np.arange(40 * 32).reshape(40, 32) % 7 == 0
+(many, bits), (one, same), (two, again) = others(), others(threads=1), others(threads=2)
+assert one < 0.1 * min(many, two) and bits == same == again, (many, one, two)
+try:
+    others(threads=0)
+except ValueError as error:
+    assert "threads must be at least 1, got 0" in str(error)
+else:
+    raise AssertionError
+"""
+    )
+
+
 # ---- Floating-point state --------------------------------------------------------------------------------------------
 
 # Where fegetenv of the C library puts the control bits (rounding, exception masks, flush to zero): offset, mask.

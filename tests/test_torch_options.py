@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -315,6 +316,31 @@ def test_own_layers_are_modules(kind: str) -> None:
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), before[0], rtol=2e-2, atol=2e-2)
     close(m(x[:, :0]), [t[:, :0] for t in before])
+
+
+def test_own_and_frozen_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> None:
+    """By the processor time that anybody but the caller has used."""
+    set_num_threads(2)
+    m, frozen = fast.LSTM(64, 64, 2, peephole=True), fast.freeze(fast.GRU(64, 64))
+    x, h = torch.randn(40, 32, 64), torch.zeros(1, 32, 64)
+
+    def run() -> None:
+        m(x, reset=torch.zeros(40, 32, dtype=torch.bool))[0].sum().backward()
+        with torch.no_grad():
+            for steps in (1, 12, 12, 12):
+                frozen(x[:steps], h)
+
+    before, used = torch.get_num_threads(), {}
+    try:
+        for n in (2, 1):
+            torch.set_num_threads(n)
+            run()
+            start = time.process_time() - time.thread_time()
+            run()
+            used[n] = time.process_time() - time.thread_time() - start
+    finally:
+        torch.set_num_threads(before)
+    assert used[1] < 0.1 * used[2]
 
 
 def test_what_own_layers_cannot_do_is_said() -> None:

@@ -20,8 +20,9 @@ class Packs:
     """A layer's weights in the kernels' order, kept from call to call."""
 
 class Queue:
-    """Calls that wait to be run together; whoever puts them here keeps their arrays alive."""
+    """Calls that wait to be run together, by at most so many threads; whoever puts them here keeps their arrays alive."""
 
+    def __init__(self, threads: int | None = None) -> None: ...
     def run(self) -> None: ...
 
 class Stream:
@@ -32,7 +33,7 @@ class Stream:
         self, cell: str, weights: list[list[Array | None]], compute: str, batch: int, taps: int, skip: bool, fresh_h: Array | None, fresh_c: Array | None
     ) -> None: ...
     def __call__(self, x: Array, out: Array | None = None) -> Array: ...
-    def sequence(self, x: Array, state: Any) -> tuple[Array, Any] | None: ...
+    def sequence(self, x: Array, state: Any, threads: int = ...) -> tuple[Array, Any] | None: ...
     def reset(self, mask: NDArray[np.bool_] | None = None) -> None: ...
     def copy(self) -> Stream: ...
     def refresh(self) -> None: ...
@@ -58,8 +59,8 @@ def forward(
     cells: Array | None,
     tape: Array | None,
     recompute: bool,
-    snapshot: Packs | None = None,
-    queue: Queue | None = None,
+    snapshot: Packs | None,
+    queue: Queue,
 ) -> None: ...
 def backward(
     cell: str,
@@ -87,7 +88,7 @@ def backward(
     dreset_h: Array | None,
     dreset_c: Array | None,
     gradients: list[Array | None],
-    queue: Queue | None = None,
+    queue: Queue,
 ) -> None: ...
 def peak(compute: str, rounds: int) -> float: ...  # operations done in registers: what a product can reach at most
 def targets() -> list[str]: ...

@@ -166,6 +166,7 @@ def forward(
     snapshot: dict[str, _core.Packs] | None = None,
     compute_dtype: str | None = None,
     recompute: bool = False,
+    threads: int | None = None,
 ) -> Any:
     """Run layers of a recurrent cell over sequences: the equations of `rnnfast.reference.forward`, fused.
 
@@ -194,6 +195,7 @@ def forward(
             stream from memory take a quarter of the time. None: x's dtype.
         recompute: keep a tape of a fifth the size (an LSTM's and a GRU's; none for an RNN), from which backward gets the same bits a third
             slower, by computing the gates again.
+        threads: at most so many take part, now; None: as many as `rnnfast.set_num_threads` says. They change no bit.
 
     Returns:
         y (T, B, D*R), with skip (T, B, L*D*R); the state at each row's own end; the tape or None; with `cells` also c (T, B, D*H).
@@ -253,7 +255,7 @@ def forward(
     carries = lstm or who == "gru"
     paired = lstm or (who == "gru" and w_hr is not None)
     if cut is not None and output_taps > 1:
-        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute, recompute)
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute, recompute, threads)
     fresh_h, fresh_c = (_initial(params, name, (L * D, 1, n), x.dtype, who) for name, n in (("h_0", S), ("c_0", H)))
     h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
     if carries and not paired:  # a GRU carries its own h
@@ -271,7 +273,7 @@ def forward(
             below = np.concatenate((x, below), axis=-1) if skip else below
         y = new((*lead, D * R), x.dtype) if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
         layer_runs = []
-        queue = _core.Queue() if D == 2 else None  # both directions at once
+        queue = _core.Queue(threads)  # both directions at once
         for d in range(D):
             k = layer * D + d
             events, count = _events(cut, d == 1, ends)
@@ -295,8 +297,7 @@ def forward(
                 None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()), queue,
             )  # fmt: skip
             layer_runs.append(run)
-        if queue is not None:
-            queue.run()
+        queue.run()
         runs.append(layer_runs)
     result = y if every_y is None else every_y
     final = h_T if c_T is None else (h_T, c_T)
@@ -371,7 +372,7 @@ def _state(
 
 
 def backward(
-    tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, need_dx: bool = True
+    tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, need_dx: bool = True, threads: int | None = None
 ) -> tuple[Array | None, State, dict[str, Array]]:
     """Backpropagation through time: from the gradients of a forward's results to those of its arguments.
 
@@ -381,6 +382,7 @@ def backward(
         dstate: like the returned state, or None for zeros.
         gradients: name -> C-contiguous array of the parameter's shape, added to; None starts from zeros.
         need_dx: False returns None for dx and saves its product.
+        threads: as of `forward`.
 
     Returns:
         dx (T, B, I), 0 past a row's end; dstate, the initial state's gradient; gradients. Where forward was given no state, h_0 and
@@ -392,7 +394,7 @@ def backward(
     if gradients is None:
         gradients = {name: np.zeros_like(value) for name, value in tape.params.items()}
     if tape.parts:
-        return _backward_in_parts(tape, dy, dstate, gradients, need_dx)
+        return _backward_in_parts(tape, dy, dstate, gradients, need_dx, threads)
     runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
     first = runs[0][0]
     B, lead, in_0 = tape.layout.B, first.x.shape[:-1], first.x.shape[-1]
@@ -424,7 +426,7 @@ def backward(
     for layer in reversed(range(L)):
         below: list[Array | None] = []
         resets: list[tuple[Array | None, Array | None]] = []
-        queue = _core.Queue() if D == 2 else None
+        queue = _core.Queue(threads)
         for d, run in enumerate(runs[layer]):
             k = layer * D + d
             dbelow = new(run.x.shape, dtype) if layer > 0 or need_dx else None
@@ -439,8 +441,7 @@ def backward(
             )  # fmt: skip
             below.append(dbelow)
             resets.append((dreset_h, dreset_c))
-        if queue is not None:
-            queue.run()
+        queue.run()
         for d, (dreset_h, dreset_c) in enumerate(resets):
             k = layer * D + d
             if dc_0 is not None and not tape.paired:  # a GRU carries its own h
@@ -479,7 +480,7 @@ def backward(
 
 def _forward_in_parts(
     cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
-    paired: bool, cells: bool, compute: str, recompute: bool,
+    paired: bool, cells: bool, compute: str, recompute: bool, threads: int | None,
 ) -> Any:  # fmt: skip
     T = len(x)
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
@@ -496,7 +497,8 @@ def _forward_in_parts(
             mixed_state = mixed if paired else mixed[0]
         lengths = None if ends is None else np.clip(ends - t0, 0, t1 - t0)
         y, state, whole, *c = forward(
-            cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells, compute_dtype=compute, recompute=recompute
+            cell, x[t0:t1], mixed_state, params, lengths=lengths, output_taps=taps, tape=tape, cells=cells, compute_dtype=compute,
+            recompute=recompute, threads=threads,
         )  # fmt: skip
         ys.append(y)
         cs.extend(c)
@@ -508,11 +510,13 @@ def _forward_in_parts(
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 
-def _backward_in_parts(tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], need_dx: bool) -> tuple[Array | None, State, dict[str, Array]]:
+def _backward_in_parts(
+    tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], need_dx: bool, threads: int | None
+) -> tuple[Array | None, State, dict[str, Array]]:
     dy = _array(dy, "dy", tape.cell.split("_")[0])
     dxs: list[Array] = []
     for t0, t1, part, rows in reversed(tape.parts):
-        dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, need_dx=need_dx)
+        dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, need_dx=need_dx, threads=threads)
         if dx is not None:
             dxs.insert(0, dx)
         for name, d in zip(("h_0", "c_0"), dstate if tape.paired else (dstate,)):

@@ -442,7 +442,7 @@ class _Frozen:
             if stream is None:
                 stream = _core.Stream(self.cell, self.layers, arrays[0].dtype.name, rows, 1, False, None, None)
                 self.quick = rows, stream
-            out = stream.sequence(arrays[0], tuple(arrays[1:]) if len(arrays) == 3 else arrays[1])
+            out = stream.sequence(arrays[0], tuple(arrays[1:]) if len(arrays) == 3 else arrays[1], torch.get_num_threads())
         except (TypeError, ValueError, RuntimeError):
             return None
         if out is None:
@@ -519,7 +519,7 @@ class _Standin:
             masks = [torch.dropout(ones, m.dropout, True).numpy() for _ in range(L - 1)]
         self.options = {
             "num_layers": L, "bidirectional": D == 2, "lengths": lengths, "batch_sizes": None if batch_sizes is None else batch_sizes.numpy(),
-            "reset": self.reset, "dropout_masks": masks, "cells": self.wants_cells,
+            "reset": self.reset, "dropout_masks": masks, "cells": self.wants_cells, "threads": torch.get_num_threads(),
         }  # fmt: skip
         given = [x, _tidy(h), _tidy(c), *(_tidy(w) for w in weights)]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
@@ -575,7 +575,8 @@ class _Extended(torch.autograd.Function):
             for d, (shape, dtype) in list(zip(gradients, ctx.shapes))[: 1 + states]
         )
         needs = ctx.needs_input_grad[2:]
-        dx, dh, found = functional.backward(ctx.tape, dy, tuple(dstate) if ctx.paired else dstate[0], need_dx=needs[0])
+        dh_T: Any = tuple(dstate) if ctx.paired else dstate[0]
+        dx, dh, found = functional.backward(ctx.tape, dy, dh_T, need_dx=needs[0], threads=torch.get_num_threads())
         dh_0, dc_0 = dh if isinstance(dh, tuple) else (dh, None)
         parts = [dx, *((None, None) if h is None else (dh_0, dc_0)), *(found[name] for name in ctx.names)]
         return (None, None, *(torch.from_numpy(d) if need and d is not None else None for d, need in zip(parts, needs)))
