@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -156,18 +157,21 @@ def level_of(nbytes: float, threads: int) -> str:
     return "L3" if nbytes <= sizes.get("L3", 0) else "DRAM"
 
 
-def roof(shape: Shape, threads: int, flops_a_second: float) -> float:
-    """Seconds that `shape` takes at least: over its products, the sum of max(flops / peak, bytes / bandwidth).
+def roof(shape: Shape, threads: int, machine: dict[str, Any]) -> float:
+    """Seconds that `shape` takes at least on a machine of these facts: over its products, the sum of max(flops / peak, bytes / bandwidth).
 
     A product in the loop reads its weights every step, from the level they live in; a product over all of time reads
-    its operands once. Training adds the transposed products and reads and writes each weight gradient once.
+    its operands once. Training adds the transposed products and reads and writes each weight gradient once; Adam, where it takes part, is
+    left out.
     """
+    flops_a_second = 1e9 * machine[f"peak {shape.dtype} x{threads}"]["best"]
+    bandwidths = machine[f"bandwidth x{threads}"]
     size = BYTES[shape.dtype]
     training = shape.mode == "training"
 
     def product(rows: float, k: int, n: int, times: float = 1, passes: int = 1) -> float:
         nbytes = size * (passes * k * n + rows * k)
-        rate = bandwidth(level_of(nbytes, threads), threads)
+        rate = 1e9 * bandwidths[level_of(nbytes, threads)]
         return times * max(2 * rows * k * n / flops_a_second, nbytes / rate)
 
     seconds = 0.0
@@ -182,11 +186,12 @@ def roof(shape: Shape, threads: int, flops_a_second: float) -> float:
             loop += product(rows, shape.H, shape.R, shape.T)
             gradients += product(shape.steps, shape.H, shape.R, passes=2)
         seconds += shape.D * ((2 * loop + 2 * once + gradients) if training else loop + once)
-    return seconds
+    softmax = product(shape.steps, shape.D * shape.R, shape.vocabulary)
+    return seconds + softmax * (3 if training else 1)
 
 
-def facts() -> dict[str, Any]:
-    """What a reader of a measurement must know of the machine, figures in 1e9 a second."""
+def identity() -> dict[str, Any]:
+    """What machine this is and what runs on it: where this differs, figures do not go together."""
     import rnnfast
 
     name = platform.processor() or platform.machine()
@@ -196,17 +201,25 @@ def facts() -> dict[str, Any]:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    everyone = cores()
-    result: dict[str, Any] = {
+    return {
         "cpu": name,
-        "cores": everyone,
+        "cores": cores(),
         "caches": caches(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "rnnfast": rnnfast.__version__,
         "target": rnnfast.target(),
-        "versions": {name: v for name in ("numpy", "torch", "onnxruntime", "jax") if (v := _version(name))},
+        "kernels": f"{zlib.crc32(pathlib.Path(rnnfast._core.__file__).read_bytes()):08x}",  # tells builds of one version apart
+        "versions": {name: v for name in ("numpy", "torch", "onnxruntime", "jax", "flax") if (v := _version(name))},
     }
+
+
+def facts() -> dict[str, Any]:
+    """What a reader of a measurement must know of the machine, figures in 1e9 a second."""
+    from rnnfast.bench import peak as in_registers
+
+    everyone = cores()
+    result = identity()
     for dtype in BYTES:
         for threads in sorted({1, everyone}):
             p = peak(dtype, threads)
@@ -217,6 +230,9 @@ def facts() -> dict[str, Any]:
                 "clock": round(p.clock / 1e9, 2),
                 "best": round(p.best / 1e9, 1),
             }
+    for dtype in ("bfloat16", "int8"):
+        for threads in sorted({1, everyone}):
+            result[f"peak {dtype} x{threads}"] = {"best": round(in_registers(dtype, threads) / 1e9, 1)}
     for threads in sorted({1, everyone}):
         result[f"bandwidth x{threads}"] = {
             level: round(bandwidth(level, threads) / 1e9, 1) for level in ("L1", "L2", "L3", "DRAM")

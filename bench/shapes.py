@@ -17,6 +17,7 @@ CELLS = ("lstm", "gru", "rnn_tanh")
 MODES = ("inference", "training")
 LARGEST = 2**22  # T * B * H of the largest shape
 SEED = 20260101
+PRECISION = "precision"  # the name of shapes that are timed in every precision
 
 GATES = {
     "rnn_tanh": 1,
@@ -32,7 +33,8 @@ GATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One measurement. `threads` 0 means all of them; `lengths` None means padded, else each row's length."""
+    """One measurement. `threads` 0 means all of them; `lengths` None means padded, else each row's length. With a `vocabulary` V the layers
+    are a language model's: an embedding of V symbols in I numbers before them, a softmax over V behind, and a training step ends with Adam."""
 
     cell: str
     T: int
@@ -47,6 +49,7 @@ class Shape:
     skip: bool = False
     dtype: str = "float32"
     lengths: tuple[int, ...] | None = None
+    vocabulary: int = 0
     name: str = ""
 
     @property
@@ -77,13 +80,14 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Useful floating point operations of one call: 2 * G * H * (I + R) a row-step, training three times that."""
+        """Useful floating point operations of one call: 2 * G * H * (I + R) a row-step, training three times that. Adam's are not counted."""
         per_step = 0
         for layer in range(self.num_layers):
             per_step += 2 * self.G * self.H * (self.layer_input(layer) + self.R)
             if self.proj_size:
                 per_step += 2 * self.R * self.H
-        return float(per_step * self.D * self.steps * (3 if self.mode == "training" else 1))
+        per_step = per_step * self.D + 2 * self.D * self.R * self.vocabulary
+        return float(per_step * self.steps * (3 if self.mode == "training" else 1))
 
     @property
     def label(self) -> str:
@@ -97,6 +101,8 @@ class Shape:
             parts.append(f"R={self.proj_size}")
         if self.skip:
             parts.append("skip")
+        if self.vocabulary:
+            parts.append(f"V={self.vocabulary}")
         if self.lengths is not None:
             parts.append("ragged")
         if self.dtype != "float32":
@@ -155,6 +161,8 @@ def named() -> tuple[Shape, ...]:
         # a character model's recurrent part, at three sizes
         for T, B, H in ((50, 50, 128), (100, 32, 256), (100, 64, 512)):
             shapes.append(Shape(cell, T, B, H, H, "training", 0, num_layers=2, name="character model"))
+            # and its whole step: embedding, softmax, clipping and Adam too
+            shapes.append(Shape(cell, T, B, 64, H, "training", 0, num_layers=2, vocabulary=129, name="character model's step"))
     for cell in CELLS:
         # reinforcement learning: small nets, many updates
         shapes.append(Shape(cell, 128, 8, 64, 64, "training", 0, num_layers=2, name="RL update"))
@@ -174,7 +182,14 @@ def named() -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-LISTS = {"grid": grid, "short": short, "named": named}
+@functools.lru_cache
+def precision() -> tuple[Shape, ...]:
+    """Where bfloat16 and int8 are timed beside float32: weights that stream (B=1), and products (B=32)."""
+    sizes = [(1, 256), (1, 512), (1, 1024), (32, 256), (32, 512)]
+    return tuple(Shape(cell, 100, B, H, H, mode, n, name=PRECISION) for B, H in sizes for mode in MODES for cell in CELLS for n in (1, 0))
+
+
+LISTS = {"grid": grid, "short": short, "named": named, "precision": precision}
 
 if __name__ == "__main__":
     for list_name, shapes_of in LISTS.items():
