@@ -2,10 +2,19 @@
 
 A text of random words in which one name stands, Jane or John; the last word read is "Then" and the next one must be she or he. Between the two lie
 200 other words. The loss is that of the last step alone, over the whole vocabulary. An LSTM whose forget gates start open (forget_bias=5) against
-an LSTM with forget_bias=0 and a plain tanh RNN of the same width. Training ends when 1,000 validation texts are all right, or after 2,000 updates;
-2,000 test texts are read once. What a curriculum changes is shown, too: gaps of up to 4 words first, half as many again whenever 98 % of fresh
-texts are right: there even the plain RNN learns to hold its one bit ("can learn such dependencies in theory"). Bar: LSTM 95 % right at a gap of 200
-(chance is 50 %).
+an LSTM with forget_bias=0 and a plain tanh RNN of the same width.
+
+Open forget gates alone are not enough: a cell then adds up 200 fillers, and while the net learns that she or he comes at all, it pushes its states
+up until tanh c is flat everywhere and no gradient comes back: with forget_bias=5 and a rate of 0.005 alone many a seed never finds the name. So the
+output's bias starts at what the training answers say without any text, the input gates start half closed (bias -2), and the rate is 0.002; the
+others get the same. That was chosen on the validation texts of other seeds (100 to 117) than those reported.
+
+Training ends when 1,000 validation texts are all right, or after 2,000 updates; 2,000 test texts are read once. What a curriculum changes is shown,
+too: gaps of up to 4 words first, half as many again whenever 98 % of fresh texts are right: there even the plain RNN learns to hold its one bit
+("can learn such dependencies in theory"), at every gap; trained at one gap alone, the LSTM keeps the text's first word and finds no name elsewhere
+(the picture). Bar: LSTM 95 % right at a gap of 200 (chance is 50 %).
+
+Measured: 100 % for each of 3 seeds after 100 updates; forget_bias 0 and RNN 48.4 % after 2,000 (26 s of one core in all).
 
     python examples/jane.py
 """
@@ -49,14 +58,14 @@ def right(model: Graph, words: np.ndarray, pronouns: np.ndarray) -> float:
 
 def net(kind: str, seed: int, hidden: int = 32) -> Graph:
     """Words in, scores of words out."""
-    recurrent = {
-        "LSTM, forget_bias 5": lambda: LSTM(16, hidden, forget_bias=5.0, seed=seed),
-        "LSTM, forget_bias 0": lambda: LSTM(16, hidden, seed=seed),
-        "RNN": lambda: RNN(16, hidden, seed=seed),
-    }[kind]()
-    return Graph(
-        {"e": (Embedding(len(WORDS), 16, seed=seed + 1), "words"), "h": (recurrent, "e"), "y": (Linear(hidden, len(WORDS), seed=seed + 2), "h")}
-    )
+    if kind == "RNN":
+        layer = RNN(16, hidden, seed=seed)
+    else:
+        layer = LSTM(16, hidden, forget_bias=float(kind[-1]), seed=seed)
+        layer.parameters()["bias_ih_l0"][:hidden] -= 2  # the input gates
+    model = Graph({"e": (Embedding(len(WORDS), 16, seed=seed + 1), "words"), "h": (layer, "e"), "y": (Linear(hidden, len(WORDS), seed=seed + 2), "h")})
+    model["y"].parameters()["bias"][list(PRONOUNS)] += 7  # nothing else is ever the answer: p < 0.001 each
+    return model
 
 
 def train(kind: str, seed: int, longest: int, steps: int, curriculum: bool = False) -> tuple[Graph, int]:
@@ -76,7 +85,7 @@ def train(kind: str, seed: int, longest: int, steps: int, curriculum: bool = Fal
             reach = min(longest, 3 * reach // 2)
         run.stop = reach == longest and right(model, *validation) == 100
 
-    run = training.fit(model, batches, last_word, Adam(model, 0.005), steps=steps, clip=1.0, callbacks=[longer], progress=False)
+    run = training.fit(model, batches, last_word, Adam(model, 0.002), steps=steps, clip=1.0, callbacks=[longer], progress=False)
     return model, run.step
 
 
@@ -100,7 +109,7 @@ def main(given: Sequence[str] | None = None) -> float:
         for seed in seeds:
             model, updates = train(kind, seed, longest, steps, curriculum)
             share = right(model, *test)
-            print(f"{name}, seed {seed}: {updates} updates; {share:.1f} % right at a gap of {longest}")
+            print(f"{name}, seed {seed}: {updates} updates; {share:.1f} % right at a gap of {longest}", flush=True)
             if kind.endswith("5") and not curriculum:
                 rights.append(share)
             if seed == 0:
