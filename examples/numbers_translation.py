@@ -5,7 +5,7 @@ symbol. Numbers from 0 to 999,999,999 of one to nine digits, each length equally
 10) or the training by a hash of itself, so that no test number is ever trained on. The weights kept are those with the lowest validation loss. Bar:
 99 % of 1,000 test numbers exact, in greedy decoding.
 
-Measured (one seed, 58 s of one core): 99.9 %, 999 of 1,000 numbers.
+Measured: 99.9 % for each of 3 seeds (163 s of one core in all). The one miss is 0: no training number has its word.
 
     python examples/numbers_translation.py
 """
@@ -119,7 +119,7 @@ def exact(model: EncoderDecoder, ns: Sequence[int]) -> tuple[float, list[tuple[i
 def main(given: Sequence[str] | None = None) -> float:
     """Prints and returns the median percentage of exact translations."""
     args = arguments("numbers_translation", __doc__, given)
-    steps, hidden, digits, count = (120, 48, 2, 20) if args.quick else (3000, 192, 9, 1000)
+    steps, hidden, digits, count = (600, 64, 3, 300) if args.quick else (3000, 192, 9, 1000)
     training_parts = tuple(range(2, 10))
     rights, curves = [], []
     for seed in args.seeds:
