@@ -76,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> float:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--length", type=int, help="T (default: 200, with --quick 30)")
     extra, rest = own.parse_known_args(given)
-    args = arguments("adding_problem", __doc__, rest)
+    args = arguments(f"adding_problem_{extra.length}" if extra.length else "adding_problem", __doc__, rest)
     length = extra.length or (30 if args.quick else 200)
     steps = 600 if args.quick else 4000 * max(1, length // 200)
     test = sequences(np.random.default_rng(999), length, 10_000)

@@ -123,35 +123,46 @@ def captions(model: Graph, pictures: np.ndarray) -> list[str]:
     return [" ".join(WORDS[i] for i in row) for row in rows]
 
 
+def train(parts: Sequence[Digits], seed: int, hidden: int, steps: int, size: int, count: int) -> Graph:
+    """One net; the weights with the lowest loss on `count` validation pictures stay."""
+    rng = np.random.default_rng(seed)
+    model = net(hidden, 10 * seed)
+    valid = [batch(*scenes(rng, parts[1], count))]
+    training.fit(
+        model,
+        lambda epoch: (batch(*scenes(rng, parts[0], size)) for _ in range(steps)),
+        loss,
+        Adam(model, optim.cosine(0.0015, steps, 1e-5)),
+        steps=steps,
+        clip=1.0,
+        every=max(steps // 10, 1),
+        validation=valid,
+        patience=steps,
+        progress=False,
+    )
+    return model.eval()
+
+
 def main(given: Sequence[str] | None = None) -> float:
     """Prints and returns the median percentage of sentences right word for word."""
-    args = arguments("captioning", __doc__, given)
+    args = arguments("captioning", __doc__, given, seeds=1, keep=True)
     parts = load()
     steps, hidden, size, count = (15, 32, 16, 50) if args.quick else (5000, 192, 64, 1000)
     pictures, texts = scenes(np.random.default_rng(1000), parts[2], count)
-    rights = []
-    for seed in args.seeds:
-        rng = np.random.default_rng(seed)
-        model = net(hidden, 10 * seed)
-        valid = [batch(*scenes(rng, parts[1], min(count, 300)))]
-        training.fit(
-            model,
-            lambda epoch, rng=rng: (batch(*scenes(rng, parts[0], size)) for _ in range(steps)),
-            loss,
-            Adam(model, optim.cosine(0.0015, steps, 1e-5)),
-            steps=steps,
-            clip=1.0,
-            every=max(steps // 10, 1),
-            validation=valid,
-            patience=steps,
-            progress=False,
-        )
+
+    def learn(seed: int) -> dict:
+        model = train(parts, seed, hidden, steps, size, min(count, 300))
         said = captions(model, pictures)
-        rights.append(100 * float(np.mean([a == b for a, b in zip(said, texts, strict=True)])))
-        print(f"seed {seed}: {rights[-1]:.1f} % of {count} sentences right word for word", flush=True)
-    model.eval()
-    for words, log_p in beam(writer(model), state_of(model, pictures[:1]), 0, 0, LONGEST, width=3):
-        print(f"p = {np.exp(log_p):.3f}: " + " ".join(WORDS[i] for i in words))
+        found = beam(writer(model), state_of(model, pictures[:1]), 0, 0, LONGEST, width=3)
+        right = 100 * float(np.mean([a == b for a, b in zip(said, texts, strict=True)]))
+        return {"right": right, "said": said[:6], "beam": [f"p = {np.exp(p):.3f}: " + " ".join(WORDS[i] for i in words) for words, p in found]}
+
+    runs = []
+    for seed in args.seeds:
+        runs.append(args.kept(f"{steps} steps, seed {seed}", lambda seed=seed: learn(seed)))
+        print(f"seed {seed}: {runs[-1]['right']:.1f} % of {count} sentences right word for word", flush=True)
+    print("\n".join(runs[0]["beam"]))
+    said = runs[0]["said"]
     if args.figure:
         figure = picture(8, 4.6)
         for i, axes in enumerate(figure.subplots(2, 3).flat):
@@ -159,7 +170,7 @@ def main(given: Sequence[str] | None = None) -> float:
             axes.set_title(said[i].replace(" and ", "\nand "), fontsize=7, color="k" if said[i] == texts[i] else "r")
             axes.set(xticks=[], yticks=[])
         save(figure, args.figure)
-    return verdict("sentences right (%)", rights, 90, low=False)
+    return verdict("sentences right (%)", [run["right"] for run in runs], 90, low=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""A label for every frame: which digit does each column of a strip belong to, or is it a gap ("Sequence based prediction, e.g. speech recognition").
+"""A label for every frame: which digit does each column of a strip belong to, or is it a gap ("Variants", 3: "Sequence
+based prediction or classification, e.g. Speech recognition").
 
 A strip of 3 to 8 handwritten digits is heard as a sound would be: one column of 28 pixels a time step. A bidirectional LSTM sees the strip from
 both ends and names each column by a softmax; the same without recurrence (a window of 9 columns and a dense layer, the TDNN of speech recognition)
@@ -69,13 +70,13 @@ def error(model: Graph, item: Batch) -> float:
     return 100 * float(wrong[item.target[1]].mean())
 
 
-def train(model: Graph, seed: int, steps: int, parts: tuple[Digits, Digits, Digits], late: int) -> None:
+def train(model: Graph, seed: int, steps: int, size: int, parts: tuple[Digits, Digits, Digits], late: int) -> None:
     """Trains; the weights with the best validation stay."""
     rng = np.random.default_rng(seed)
-    valid = batch(strips(rng, parts[1], 100 if steps > 50 else 10), late)
+    valid = batch(strips(rng, parts[1], 100 if steps > 100 else 10), late)
     training.fit(
         model,
-        lambda epoch: (batch(strips(rng, parts[0], 32), late) for _ in range(steps)),
+        lambda epoch: (batch(strips(rng, parts[0], size), late) for _ in range(steps)),
         loss,
         Adam(model, optim.cosine(0.006, steps, 1e-5)),
         steps=steps,
@@ -108,13 +109,13 @@ def main(given: Sequence[str] | None = None) -> float:
     """Prints the frame error rates and returns the LSTM's median."""
     args = arguments("framewise_digits", __doc__, given)
     parts = load()
-    steps, count = (10, 20) if args.quick else (400, 300)
+    steps, size, count = (60, 12, 20) if args.quick else (400, 32, 300)
     test = strips(np.random.default_rng(1000), parts[2], count)
     results: dict[str, list[float]] = {"LSTM": [], "window": []}
     for seed in args.seeds:
         for name in results:
             model, late = (recurrent(10 * seed), 0) if name == "LSTM" else (window(10 * seed), AHEAD)
-            train(model, seed, steps, parts, late)
+            train(model, seed, steps, size, parts, late)
             results[name].append(error(model, batch(test, late)))
             if name == "LSTM" and seed == args.seeds[0] and args.figure:
                 draw(model, test, args.figure)

@@ -130,7 +130,7 @@ def main(given: Sequence[str] | None = None) -> float:
         if len(text) > T:
             parts[0 if place < 0.25 else 1 if place < 0.375 else 2][CLASSES.index(kind)].append(text)
     print("files to learn from, to test: " + ", ".join(f"{c} {len(parts[2][k])}, {len(parts[0][k])}" for k, c in enumerate(CLASSES)), flush=True)
-    steps, hidden, count = (20, 16, 30) if args.quick else (500, 96, 700)
+    steps, hidden, count = (100, 48, 100) if args.quick else (500, 96, 700)
     test = windows(np.random.default_rng(1000), parts, 0, count)
     bayes = naive_bayes(windows(np.random.default_rng(0), parts, 2, 20 * count // 7), test)
     print(f"naive Bayes of single bytes: {bayes:.1f} % right", flush=True)

@@ -143,62 +143,81 @@ def fit(model: Graph, text: Text, seed: int, epochs: int, batch: int, length: in
     return [math.exp(row["validation"]) for row in run.rows]
 
 
-def draw(curves: dict[str, list[list[float]]], bar: float, model: Graph, text: Text, path) -> None:
-    """Perplexity by epoch; the projections of some words in the plane of their two largest components."""
-    figure = picture(8, 4)
-    left, right = figure.subplots(1, 2)
-    for (name, runs), colour in zip(curves.items(), ("C0", "C1"), strict=True):
-        for i, run in enumerate(runs):
-            left.plot(range(1, len(run) + 1), run, color=colour, label=None if i else name)
-    left.axhline(bar, color="k", ls="--", label="Kneser-Ney")
-    left.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
-    left.legend()
+def projections(model: Graph, text: Text) -> dict[str, tuple[float, float]]:
+    """Every fourth of the 400 most frequent words, in the plane of the two largest components of the projections."""
     table = model["projection"].parameters()["weight"]
     common = table[2:400] - table[2:400].mean(axis=0)
     plane = common @ np.linalg.svd(common, full_matrices=False)[2][:2].T
-    for i in range(0, 398, 4):
-        right.text(*plane[i], text.words[i + 2].replace("$", r"\$"), fontsize=6)
-    right.set(
-        xlim=(plane[:, 0].min(), plane[:, 0].max()), ylim=(plane[:, 1].min(), plane[:, 1].max()), xticks=[], yticks=[], title="the LSTM's projections"
-    )
+    return {text.words[i + 2]: (float(plane[i, 0]), float(plane[i, 1])) for i in range(0, len(plane), 4)}
+
+
+def says(model: Graph, text: Text) -> list[str]:
+    """The neighbours of some words' projections, and what the model writes behind some beginnings."""
+    words = [w for w in ("list", "file", "returns", "three", "true", "raise", "is", "url") if w in text.words]
+    near = nearest(model["projection"].parameters()["weight"], [text.words.index(w) for w in words])
+    lines = [f"nearest to {word}: " + " ".join(text.words[i] for i in others) for word, others in zip(words, near, strict=True)]
+    for prompt in ("return a", "this function", "raise"):
+        symbols = [0] + [text.words.index(w) for w in prompt.split() if w in text.words]
+        said = sample(stepper(model), symbols, 25, temperature=0.7, stop=0, forbidden=[1], generator=np.random.default_rng(1))
+        lines.append(f"{prompt} | " + " ".join(text.words[i] for i in said))
+    return lines
+
+
+def learn(kind: str, text: Text, seed: int, quick: bool) -> dict:
+    """Trains one model: its test perplexity, its validation perplexities; of an LSTM also its words' places and what it says."""
+    cutoffs = [100] if quick else [1000]
+    if kind == "LSTM":
+        sizes = (32, 32) if quick else (128, 320)
+        model = language_model(len(text.words), *sizes, dropout=0.4, input_dropout=0.2, cutoffs=cutoffs, seed=seed)
+    else:
+        model = tdnn(len(text.words), 10 * seed, cutoffs, *((32, 32) if quick else (128, 256)))
+    curve = fit(model, text, seed, 2 if quick else 7, *((24, 35) if kind == "LSTM" else (8, 105)))
+    found = {"perplexity": math.exp(nats(model, text.test)), "validation": curve}
+    if kind == "LSTM":
+        model.eval()
+        found |= {"words": projections(model, text), "says": says(model, text)}
+    return found
+
+
+def draw(runs: dict[str, list[dict]], bar: float, path) -> None:
+    """Perplexity by epoch; the projections of some words in the plane of their two largest components."""
+    figure = picture(8, 4)
+    left, right = figure.subplots(1, 2)
+    for (name, found), colour in zip(runs.items(), ("C0", "C1"), strict=True):
+        for i, curve in enumerate(run["validation"] for run in found):
+            left.plot(range(1, len(curve) + 1), curve, color=colour, label=None if i else name)
+    left.axhline(bar, color="k", ls="--", label="Kneser-Ney")
+    left.set(xlabel="epoch", ylabel="validation perplexity", yscale="log")
+    left.legend()
+    places = runs["LSTM"][0]["words"]
+    for word, (x, y) in places.items():
+        right.text(x, y, word.replace("$", r"\$"), fontsize=6)
+    x, y = np.array(list(places.values())).T
+    right.set(xlim=(x.min(), x.max()), ylim=(y.min(), y.max()), xticks=[], yticks=[], title="the LSTM's projections")
     save(figure, path)
 
 
 def main(given: Sequence[str] | None = None) -> float:
     """Prints the perplexities and returns the LSTM's median over Kneser-Ney's: below 1 it wins."""
-    args = arguments("words_lm", __doc__, given, seeds=1)
+    args = arguments("words_lm", __doc__, given, seeds=1, keep=True)
     text = load(args.quick)
     V = len(text.words)
     print(f"{len(text.train):,} words to learn, {len(text.valid):,} to validate, {len(text.test):,} to test; vocabulary {V:,}", flush=True)
     counted = KneserNey(ngrams(text.train, 3, 0), V)
     bar, bar_valid = (math.exp(-counted.log_probability(ngrams(part, 3, 0)).mean()) for part in (text.test, text.valid))
     print(f"Kneser-Ney trigram: perplexity {bar:.1f} (validation {bar_valid:.1f})", flush=True)
-    results: dict[str, list[float]] = {"LSTM": [], "TDNN": []}
-    curves: dict[str, list[list[float]]] = {"LSTM": [], "TDNN": []}
-    sizes, cutoffs = ((32, 32), [100]) if args.quick else ((128, 320), [1000])
+    runs: dict[str, list[dict]] = {"LSTM": [], "TDNN": []}
     for seed in args.seeds:
-        for name in results:
-            if name == "LSTM":
-                model = language_model(V, *sizes, dropout=0.4, input_dropout=0.2, cutoffs=cutoffs, seed=seed)
-            else:
-                model = tdnn(V, 10 * seed, cutoffs, *((32, 32) if args.quick else (128, 256)))
-            curves[name].append(fit(model, text, seed, 2 if args.quick else 7, *((24, 35) if name == "LSTM" else (8, 105))))
-            results[name].append(math.exp(nats(model, text.test)))
-            print(f"seed {seed}: {name} perplexity {results[name][-1]:.1f}, validation by epoch {[round(v) for v in curves[name][-1]]}", flush=True)
-            if name == "LSTM" and seed == args.seeds[0]:
-                lstm = model.eval()
-    words = [w for w in ("list", "file", "returns", "three", "true", "raise", "is", "url") if w in text.words]
-    table = lstm["projection"].parameters()["weight"]
-    for word, others in zip(words, nearest(table, [text.words.index(w) for w in words]), strict=True):
-        print(f"nearest to {word}: " + " ".join(text.words[i] for i in others))
-    for prompt in ("return a", "this function", "raise"):
-        symbols = [0] + [text.words.index(w) for w in prompt.split() if w in text.words]
-        said = sample(stepper(lstm), symbols, 25, temperature=0.7, stop=0, forbidden=[1], generator=np.random.default_rng(1))
-        print(f"{prompt} | " + " ".join(text.words[i] for i in said))
+        for kind, found in runs.items():
+            key = f"{kind}, {len(text.train)} words, seed {seed}"
+            found.append(args.kept(key, lambda kind=kind, seed=seed: learn(kind, text, seed, args.quick)))
+            curve = [round(v) for v in found[-1]["validation"]]
+            print(f"seed {seed}: {kind} perplexity {found[-1]['perplexity']:.1f}, validation by epoch {curve}", flush=True)
+    print("\n".join(runs["LSTM"][0]["says"]))
     if args.figure:
-        draw(curves, bar_valid, lstm, text, args.figure)
-    verdict("TDNN perplexity", results["TDNN"], bar)
-    return verdict("LSTM perplexity", results["LSTM"], bar) / bar
+        draw(runs, bar_valid, args.figure)
+    verdict("TDNN perplexity", [run["perplexity"] for run in runs["TDNN"]], bar)
+    return verdict("LSTM perplexity", [run["perplexity"] for run in runs["LSTM"]], bar) / bar
 
 
 if __name__ == "__main__":
