@@ -826,8 +826,9 @@ bool needs_grad(PyObject* o) {
   return flag.ptr() == Py_True;
 }
 
-// What both functions are told: stack_*(cell, layers, directions, batch_first, threads, grad, x, batch_sizes, h, c, weights, ...).
-enum Argument { CELL, LAYERS, DIRECTIONS, BATCH_FIRST, THREADS, GRAD, X, BATCH_SIZES, H_0, C_0, WEIGHTS, TAPE, DY, DH_T, DC_T, NEEDS };
+// What both functions are told: stack_*(cell, layers, directions, batch_first, low, threads, grad, x, batch_sizes, h, c, weights, ...),
+// where low allows products in bfloat16: where the CPU has instructions for it, they are faster.
+enum Argument { CELL, LAYERS, DIRECTIONS, BATCH_FIRST, LOW, THREADS, GRAD, X, BATCH_SIZES, H_0, C_0, WEIGHTS, TAPE, DY, DH_T, DC_T, NEEDS };
 
 struct Stack {
   CellKind kind{};
@@ -836,7 +837,7 @@ struct Stack {
   std::vector<Job> jobs;  // layer by layer, direction by direction
   Layout layout;
   int64_t L, D, B, T, H{}, R{}, I{}, tokens;
-  bool batch_first, single, grad = false;  // single: one step of x (B, I), h (B, H)
+  bool batch_first, low, single, grad = false;  // single: one step of x (B, I), h (B, H)
   int threads;
   PyObject* const* args;
 
@@ -847,6 +848,7 @@ struct Stack {
     x = borrow(a[X]);
     must(x.code == FLOAT && (x.bits == 32 || x.bits == 64));
     dtype = x.bits == 32 ? FLOAT32 : FLOAT64;
+    low = a[LOW] == Py_True && dtype == FLOAT32 && std::strstr(kernels().target, "bf16");
     if (a[BATCH_SIZES] != Py_None) {
       const DLTensor sizes = borrow(a[BATCH_SIZES]);
       must(sizes.ndim == 1 && sizes.code == INTEGER && sizes.bits == 64 && is_contiguous(sizes) && sizes.shape[0] > 0 && x.ndim == 2);
@@ -909,6 +911,7 @@ struct Stack {
       take_layout(j, layout, k % D == 1);
       j.H = H, j.R = R, j.taps = 1, j.projected = projected;
       j.I = k < D ? I : D * R;
+      j.compute = low ? BFLOAT16 : OWN;
       j.w_ih = weight(weight_object(k * n), 2, G * H, j.I);
       j.w_hh = weight(weight_object(k * n + 1), 2, G * H, R);
       must(j.w_ih && j.w_hh);
@@ -1172,7 +1175,8 @@ PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyMethodDef FUNCTIONS[] = {
     {"stack_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<false>)), METH_FASTCALL,
-     "stack_forward(cell, layers, directions, batch_first, threads, grad, x, batch_sizes, h, c, weights) -> (y, h_T, c_T, tape) or None"},
+     "stack_forward(cell, layers, directions, batch_first, low, threads, grad, x, batch_sizes, h, c, weights) -> (y, h_T, c_T, tape) or "
+     "None"},
     {"stack_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<true>)), METH_FASTCALL,
      "stack_backward(..., weights, tape, dy, dh_T, dc_T, needs) -> (dx, dh_0, dc_0, *dweights) or None"},
 };

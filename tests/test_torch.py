@@ -507,10 +507,10 @@ def test_the_custom_operation_passes_opcheck(name: str) -> None:
     states = [torch.randn(*((1, 2, 5) if name in LAYERS else (2, 5)), requires_grad=True) for _ in range(2)]
     c = states[1] if m.paired else None
     weights = [getattr(m, n) for n in m.names]
-    torch.library.opcheck(torch.ops.rnnfast.stack.default, (x, None, states[0], c, weights, m.cell, 1, 1, False, True))
-    y, h_T, c_T, tape = torch.ops.rnnfast.stack(x, None, states[0], c, weights, m.cell, 1, 1, False, True)
+    torch.library.opcheck(torch.ops.rnnfast.stack.default, (x, None, states[0], c, weights, m.cell, 1, 1, False, False, True))
+    y, h_T, c_T, tape = torch.ops.rnnfast.stack(x, None, states[0], c, weights, m.cell, 1, 1, False, False, True)
     ends = (None if name in CELLS else torch.ones_like(h_T), torch.ones_like(c_T) if m.paired else None)
-    backward = (x, None, states[0], c, weights, tape.detach(), torch.ones_like(y), *ends, m.cell, 1, 1, False)
+    backward = (x, None, states[0], c, weights, tape.detach(), torch.ones_like(y), *ends, m.cell, 1, 1, False, False)
     torch.library.opcheck(torch.ops.rnnfast.stack_backward.default, backward, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
@@ -522,7 +522,7 @@ def test_equal_calls_of_the_custom_operation_give_equal_tapes(name: str) -> None
     weights = [getattr(m, n) for n in m.names]
     first: list[Tensor] = []
     for x in (torch.ones(7, 3, 3), torch.full((7, 3, 3), torch.nan)) * 2:
-        tape = torch.ops.rnnfast.stack(x, None, h, c, weights, m.cell, 2, 2, False, True)[3].detach().clone()
+        tape = torch.ops.rnnfast.stack(x, None, h, c, weights, m.cell, 2, 2, False, False, True)[3].detach().clone()
         if x.isnan().any():
             continue
         first = first or [tape]

@@ -128,7 +128,7 @@ def test_a_frozen_layer_takes_what_a_layer_takes() -> None:
     assert not frozen(x)[0].requires_grad  # the weights are constants
     with pytest.raises(RuntimeError, match="LSTM is frozen: it has no gradient"):
         frozen(x.requires_grad_())
-    with pytest.raises(ValueError, match="must be float32 or float64 on the CPU"):
+    with pytest.raises(ValueError, match="must be of a float dtype on the CPU"):
         fast.freeze(nn.GRU(3, 5, device="meta"))
 
 
@@ -313,7 +313,7 @@ def test_own_layers_are_modules(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, flat(frozen(x)), strict=True))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = m(x)[0]
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == (torch.float32 if isinstance(m, nn.GRU) else torch.bfloat16)  # as of torch's
     torch.testing.assert_close(y.float(), before[0], rtol=2e-2, atol=2e-2)
     close(m(x[:, :0]), [t[:, :0] for t in before])
 

@@ -99,11 +99,13 @@ def set_num_threads(n: int) -> None: ...
 def exchange(capsule: object, types: tuple[type, type]) -> None: ...
 
 # Over the tensors of the library named by `exchange`: None where they are not plain CPU memory of one float type and fitting shapes.
+# low: products may be in bfloat16, where that is faster.
 def stack_forward(
     cell: int,
     layers: int,
     directions: int,
     batch_first: bool,
+    low: bool,
     threads: int,
     grad: bool,
     x: object,
@@ -118,6 +120,7 @@ def stack_backward(
     layers: int,
     directions: int,
     batch_first: bool,
+    low: bool,
     threads: int,
     grad: bool,
     x: object,

@@ -16,6 +16,7 @@ import copy
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,10 +70,12 @@ def _is_plain() -> bool:
 class _Call:
     """What a backward must know of its forward beside tensors, and on the way into the graph the results."""
 
-    __slots__ = ("batch_first", "batch_sizes", "cell", "directions", "layers", "results", "single")
+    __slots__ = ("batch_first", "batch_sizes", "cell", "directions", "layers", "low", "results", "single")
 
-    def __init__(self, cell: int, layers: int, directions: int, batch_first: bool, batch_sizes: Tensor | None, single: bool) -> None:
-        self.cell, self.layers, self.directions, self.batch_first = cell, layers, directions, batch_first
+    def __init__(
+        self, cell: int, layers: int, directions: int, batch_first: bool, low: bool, batch_sizes: Tensor | None, single: bool
+    ) -> None:  # low: products in bfloat16
+        self.cell, self.layers, self.directions, self.batch_first, self.low = cell, layers, directions, batch_first, low
         self.batch_sizes, self.single = batch_sizes, single
         self.results: tuple[Any, ...] = ()
 
@@ -106,8 +109,8 @@ class _Node(torch.autograd.Function):
                 if again:
                     dy, dh_T, dc_T = (None if d is None else d.contiguous() for d in (dy, dh_T, dc_T))
                 result = _core.stack_backward(
-                    call.cell, call.layers, call.directions, call.batch_first, torch.get_num_threads(), False, x, call.batch_sizes, h, c, weights,
-                    tape, dy, dh_T, dc_T, needs,
+                    call.cell, call.layers, call.directions, call.batch_first, call.low, torch.get_num_threads(), False, x, call.batch_sizes, h, c,
+                    weights, tape, dy, dh_T, dc_T, needs,
                 )  # fmt: skip
                 if result is not None:
                     return (None, *result)
@@ -122,7 +125,7 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The same gradients by torch's own operations, run again from the start, for whoever differentiates them."""
     create = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         given = [None if t is None else t.view_as(t) for t in (x, h, c, *weights)]  # apart, where h is c
         x_, h_, c_, *w = given
         name = _NAMES[call.cell]
@@ -151,26 +154,59 @@ def _tidy(t: Any, *, rows: bool = False) -> Any:
     return t.contiguous()
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _half(x: Any, h: Any, c: Any, weights: Sequence[Any]) -> torch.dtype | None:
+    """The half that a call is of: autocast's, or that of all its tensors."""
+    dtypes = {t.dtype for t in (x, h, c, *weights) if isinstance(t, Tensor)}
+    if torch.is_autocast_enabled("cpu"):
+        return None if torch.float64 in dtypes else torch.get_autocast_dtype("cpu")
+    return x.dtype if len(dtypes) == 1 and x.dtype in _HALVES else None
+
+
+def _is_torchs(cell: int, x: Tensor, batch_sizes: Any, weights: Sequence[Any], batch_first: bool, half: torch.dtype) -> bool:
+    """Whether one step would widen so many weights, for one use of them, that torch is done before."""
+    steps = len(batch_sizes) if batch_sizes is not None else x.shape[batch_first] if x.dim() > 2 else 1
+    numbers = sum(w.numel() for w in weights[:2] if isinstance(w, Tensor))
+    if steps != 1 or numbers < (1 << 20 if torch.is_autocast_enabled("cpu") else 1 << 18):
+        return False
+    return x.shape[:-1].numel() < 4 if half is torch.float16 else cell != _LSTM or x.dim() == 2
+
+
+def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], half: torch.dtype, out: torch.dtype) -> _Result:
+    """For halves: sums and states in float32, results rounded once at the end, to the dtype that torch gives. `run` is told whether its products may
+    be in bfloat16."""
+    x, h, c, *weights = (None if t is None else t.float() for t in (x, h, c, *weights))
+    result = run(x, h, c, weights, half is torch.bfloat16)
+    return None if result is None else tuple(t.to(out) for t in result)
+
+
 def _stack(
-    cell: int, x: Any, batch_sizes: Any, h: Any, c: Any, weights: Sequence[Any], layers: int, bidirectional: bool, batch_first: bool
-) -> _Result:
-    """(y, h_T[, c_T]), for one step (h[, c]), or None where torch itself must compute or complain."""
+    cell: int, x: Any, batch_sizes: Any, h: Any, c: Any, weights: Sequence[Any], layers: int, bidirectional: bool, batch_first: bool,
+    low: bool = False,
+) -> _Result:  # fmt: skip
+    """(y, h_T[, c_T]), for one step (h[, c]), or None where torch itself must compute or complain. low: products in bfloat16."""
     D = 2 if bidirectional else 1
     grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
-    out = _core.stack_forward(cell, layers, D, batch_first, threads, grad, x, batch_sizes, h, c, weights)
+    out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
     if out is None:
         if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided:
             return None
+        half = _half(x, h, c, weights)
+        if half is not None and not _is_torchs(cell, x, batch_sizes, weights, batch_first, half):
+            again = partial(_stack, layers=layers, bidirectional=bidirectional, batch_first=batch_first)
+            return _in_float32(lambda x, h, c, w, low: again(cell, x, batch_sizes, h, c, w, low=low), x, h, c, weights, half, half)
         tidy = _tidy(x, rows=True), _tidy(h), _tidy(c), [_tidy(w) for w in weights]
         if tidy[0] is x and tidy[1] is h and tidy[2] is c and all(a is b for a, b in zip(tidy[3], weights)):
             return None
         x, h, c, weights = tidy
-        out = _core.stack_forward(cell, layers, D, batch_first, threads, grad, x, batch_sizes, h, c, weights)
+        out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
         if out is None:
             return None
     y, h_T, c_T, tape = out
     if tape is not None:
-        call = _Call(cell, layers, D, batch_first, batch_sizes, h_T is None)
+        call = _Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None)
         call.results = out
         result = _into_graph(call, x, h, c, *weights)
         return result if type(result) is tuple else (result,)
@@ -181,19 +217,22 @@ def _stack(
 
 def _layers(
     cell: int, x: Any, batch_sizes: Any, h: Any, c: Any, weights: Sequence[Any], has_biases: bool, layers: int, dropout: float, train: bool,
-    bidirectional: bool, batch_first: bool,
+    bidirectional: bool, batch_first: bool, low: bool = False,
 ) -> _Result:  # fmt: skip
     """torch._VF.lstm and its like; None as in `_stack`."""
     if not _is_plain() or (len(weights) // layers // (2 if bidirectional else 1) >= 4) != has_biases:
         return None
     if _autocast() and torch.is_autocast_enabled("cpu"):
-        low = torch.get_autocast_dtype("cpu")
-        return _in_float32(
-            lambda x, h, c, w: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first),
-            x, h, c, weights, h.dtype if cell == _GRU else low,
-        )  # fmt: skip
+        half = _half(x, h, c, weights)
+        if half is None or _is_torchs(cell, x, batch_sizes, weights, batch_first, half):
+            return None
+        with torch.autocast("cpu", enabled=False):
+            return _in_float32(
+                lambda x, h, c, w, low: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first, low),
+                x, h, c, weights, half, h.dtype if cell == _GRU else half,
+            )  # fmt: skip
     if dropout == 0 or not train or layers == 1:
-        return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first)
+        return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
     D = 2 if bidirectional else 1
     each = len(weights) // layers
     states = (h,) if c is None else (h, c)
@@ -208,7 +247,7 @@ def _layers(
             y = torch.dropout(y, dropout, True)
         h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
         w = list(weights[layer * each : layer * each + each])
-        out = _stack(cell, y, batch_sizes, h_l, c_l, w, 1, bidirectional, False)
+        out = _stack(cell, y, batch_sizes, h_l, c_l, w, 1, bidirectional, False, low)
         if out is None:
             if layer == 0:
                 return None
@@ -220,32 +259,24 @@ def _layers(
     return (y.transpose(0, 1) if batch_first else y, *(torch.cat(parts) for parts in zip(*ends)))
 
 
-def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], out: torch.dtype) -> _Result:
-    """Under autocast: computed in float32, rounded once at the end. `out` is the dtype that torch gives."""
-    tensors = (x, h, c, *weights)
-    if any(t is not None and t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in tensors):
-        return None
-    with torch.autocast("cpu", enabled=False):
-        x, h, c, *weights = (None if t is None else t.float() for t in tensors)
-        result = run(x, h, c, weights)
-        return None if result is None else tuple(t.to(out) for t in result)
-
-
 _BIG = 1 << 19  # numbers of W_ih: torch multiplies one row by a matrix as it lies in memory, we would rewrite more than a cache holds for one use of it
 
 
-def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any]) -> _Result:
+def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool = False) -> _Result:
     """torch._VF.lstm_cell and its like: (h[, c]), or None as in `_stack`."""
     if not _is_plain():
         return None
     if _autocast() and torch.is_autocast_enabled("cpu"):
-        low = h.dtype if cell in (_LSTM, _GRU) else torch.get_autocast_dtype("cpu")
-        return _in_float32(lambda x, h, c, w: _cell(cell, x, h, c, w), x, h, c, weights, low)
+        half = _half(x, h, c, weights)
+        if half is None or _is_torchs(cell, x, None, weights, False, half):
+            return None
+        with torch.autocast("cpu", enabled=False):
+            return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
     if type(x) is not Tensor or x.dim() != 2:
         return None
     if x.shape[0] == 1 and isinstance(weights[0], Tensor) and weights[0].numel() >= _BIG:
         return None
-    return _stack(cell, x, None, h, c, weights, 1, False, False)
+    return _stack(cell, x, None, h, c, weights, 1, False, False, low)
 
 
 # ---- the operations of ATen, for those who call them past torch._VF ----------------------------------------------------------------------
@@ -413,9 +444,10 @@ class _Frozen:
         self.arrays: dict[str, Any] = {}
         self.snapshot: dict[str, _core.Packs] = {}
         for name, weight in _Standin(module).weights():
-            if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-                raise ValueError(f"freeze: {name} must be float32 or float64 on the CPU, got {weight.dtype} on {weight.device}")
-            self.arrays[name] = weight.detach().clone(memory_format=torch.contiguous_format).numpy()
+            if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64, *_HALVES):
+                raise ValueError(f"freeze: {name} must be of a float dtype on the CPU, got {weight.dtype} on {weight.device}")
+            self.dtype, wide = weight.dtype, torch.float32 if weight.dtype in _HALVES else weight.dtype
+            self.arrays[name] = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True).numpy()
         self.quick: tuple[int, _core.Stream | None] = 0, None  # B of the latest short call, and what runs calls of so many rows
         ends = [name.removeprefix("weight_ih") for name in self.arrays if name.startswith("weight_ih")]
         self.layers = None if any(end.endswith("_reverse") for end in ends) else [functional._weights(self.arrays, end, "freeze") for end in ends]
@@ -494,15 +526,22 @@ class _Standin:
         tensors = [t for t in (x, h, c, *weights) if t is not None]
         if not _is_plain() or any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
             raise RuntimeError(f"{type(m).__name__}: what torch has not, and frozen weights, take plain tensors on the CPU, neither traced nor transformed")
-        if _autocast() and torch.is_autocast_enabled("cpu") and all(t.dtype != torch.float64 for t in tensors):
-            low = torch.get_autocast_dtype("cpu")
+        half = _half(x, h, c, weights)
+        if self.frozen is not None and half is not None and not torch.is_autocast_enabled("cpu") and self.frozen.dtype != half:
+            half = None
+        if half is not None:
+            out = hx[0].dtype if paired and self.is_cell else hx.dtype if m._cell_name.startswith("gru") else half  # as torch's
             with torch.autocast("cpu", enabled=False):
-                x, h, c = (None if t is None else t.float() for t in (x, h, c))  # type: ignore[assignment]
-                weights = [w.float() for w in weights]
-                return tuple(t.to(low) for t in self._run(x, batch_sizes, h, c, weights, paired))
-        return self._run(x, batch_sizes, h, c, weights, paired)
+                result = _in_float32(partial(self._run, batch_sizes, paired), x, h, c, weights, half, out)
+            assert result is not None
+            self.cells = None if self.cells is None else self.cells.to(out)
+            return result
+        dtypes = {t.dtype for t in tensors} | ({self.frozen.dtype} if self.frozen else set())
+        if len(dtypes) > 1:
+            raise RuntimeError(f"{type(m).__name__}: input, state and weights must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+        return self._run(batch_sizes, paired, x, h, c, weights, False)
 
-    def _run(self, x: Tensor, batch_sizes: Tensor | None, h: Any, c: Any, weights: list[Any], paired: bool) -> tuple[Tensor, ...]:
+    def _run(self, batch_sizes: Tensor | None, paired: bool, x: Tensor, h: Any, c: Any, weights: list[Any], low: bool) -> tuple[Tensor, ...]:
         m = self.module
         padded = lengths = None
         if self.reset is not None and batch_sizes is not None:  # resets go by (T, B)
@@ -520,6 +559,7 @@ class _Standin:
         self.options = {
             "num_layers": L, "bidirectional": D == 2, "lengths": lengths, "batch_sizes": None if batch_sizes is None else batch_sizes.numpy(),
             "reset": self.reset, "dropout_masks": masks, "cells": self.wants_cells, "threads": torch.get_num_threads(),
+            "compute_dtype": "bfloat16" if low and "bf16" in _core.target() else None,
         }  # fmt: skip
         given = [x, _tidy(h), _tidy(c), *(_tidy(w) for w in weights)]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
@@ -893,20 +933,20 @@ def unfreeze(model: _Model) -> _Model:
 
 # ---- torch.compile: one operation a call, with a fake kernel and its gradient ----------------------------------------------------------------
 
-_SIZES = "int cell, int layers, int directions, bool batch_first"
+_SIZES = "int cell, int layers, int directions, bool batch_first, bool low"
 _TENSORS = "Tensor x, Tensor? batch_sizes, Tensor h, Tensor? c, Tensor[] weights"
 
 
 def _stack_op(
     x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], cell: int, layers: int, directions: int,
-    batch_first: bool, train: bool,
+    batch_first: bool, low: bool, train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_T, c_T, tape; what there is not is empty: h_T of one step, c_T of what has none, the tape in inference."""
     x, h, c, weights = _tidy(x.detach(), rows=True), _tidy(h.detach()), None if c is None else _tidy(c.detach()), [_tidy(w.detach()) for w in weights]
     grad = bool(train)
     if grad:
         h = h.detach().requires_grad_()
-    out = _core.stack_forward(cell, layers, directions, batch_first, torch.get_num_threads(), grad, x, batch_sizes, h, c, weights)
+    out = _core.stack_forward(cell, layers, directions, batch_first, low, torch.get_num_threads(), grad, x, batch_sizes, h, c, weights)
     if out is None:
         raise RuntimeError("rnnfast::stack takes CPU tensors of one float dtype, shaped as torch.nn's layers have them")
     y, h_T, c_T, tape = (x.new_empty(0) if t is None else t for t in out)
@@ -920,7 +960,7 @@ def _stack_op(
 
 def _stack_fake(
     x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], cell: int, layers: int, directions: int,
-    batch_first: bool, train: bool,
+    batch_first: bool, low: bool, train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     single = batch_sizes is None and x.dim() == 2
     y = x.new_empty((*x.shape[:-1], directions * h.shape[-1]))
@@ -951,14 +991,14 @@ def _rounded(n: Any) -> Any:
 
 def _stack_backward_op(
     x: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: list[Tensor], tape: Tensor, dy: Tensor | None, dh_T: Tensor | None,
-    dc_T: Tensor | None, cell: int, layers: int, directions: int, batch_first: bool,
+    dc_T: Tensor | None, cell: int, layers: int, directions: int, batch_first: bool, low: bool,
 ) -> list[Tensor]:  # fmt: skip
     """dx, dh_0, dc_0 (empty where there is none), then one gradient a weight."""
     tensors = (x, h, c, tape, dy, dh_T, dc_T)
     x, h, c, tape, dy, dh_T, dc_T = (None if t is None else _tidy(t.detach()) for t in tensors)  # type: ignore[assignment]
     weights = [_tidy(w.detach()) for w in weights]
     out = _core.stack_backward(
-        cell, layers, directions, batch_first, torch.get_num_threads(), False, x, batch_sizes, h, c, weights, tape, dy, dh_T, dc_T,
+        cell, layers, directions, batch_first, low, torch.get_num_threads(), False, x, batch_sizes, h, c, weights, tape, dy, dh_T, dc_T,
         (True,) * (3 + len(weights)),
     )  # fmt: skip
     if out is None:
@@ -982,7 +1022,7 @@ def _stack_gradient(ctx: Any, dy: Any, dh_T: Any, dc_T: Any, dtape: Any) -> tupl
     if ctx.single:
         dh_T = None
     dx, dh, dc, *dw = torch.ops.rnnfast.stack_backward(x, batch_sizes, h, c, weights, tape, dy, dh_T, dc_T if c is not None else None, *ctx.sizes)
-    return dx, None, dh, dc if c is not None else None, dw, None, None, None, None, None
+    return dx, None, dh, dc if c is not None else None, dw, *[None] * (len(ctx.sizes) + 1)
 
 
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -994,8 +1034,8 @@ def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 def _second_gradient(ctx: Any, given: list[Tensor | None]) -> tuple[Any, ...]:
     """By torch's own operations, run again from the start."""
     batch_sizes, *saved = ctx.saved_tensors
-    cell, layers, directions, batch_first = ctx.sizes
-    call = _Call(cell, layers, directions, batch_first, batch_sizes, ctx.single)
+    cell, layers, directions, batch_first, low = ctx.sizes
+    call = _Call(cell, layers, directions, batch_first, low, batch_sizes, ctx.single)
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves: list[Any] = [None if t is None else t.view_as(t) if create and t.requires_grad else t.detach().requires_grad_() for t in saved]
@@ -1006,12 +1046,10 @@ def _second_gradient(ctx: Any, given: list[Tensor | None]) -> tuple[Any, ...]:
         wanted = [t for t in leaves if t is not None]
         found = iter(torch.autograd.grad([p[0] for p in pairs], wanted, [p[1] for p in pairs], create_graph=create, allow_unused=True))
     dx, dh, dc, *dw, ddy, ddh, ddc = [None if t is None else next(found) for t in leaves]
-    return dx, None, dh, dc, dw, None, ddy, ddh, ddc, None, None, None, None
+    return dx, None, dh, dc, dw, None, ddy, ddh, ddc, *[None] * len(ctx.sizes)
 
 
-_op = torch.library.custom_op(
-    "rnnfast::stack", _stack_op, mutates_args=(), schema=f"({_TENSORS}, {_SIZES}, bool train) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_op = torch.library.custom_op("rnnfast::stack", _stack_op, mutates_args=(), schema=f"({_TENSORS}, {_SIZES}, bool train) -> (Tensor, Tensor, Tensor, Tensor)")
 _op.register_fake(_stack_fake)
 _op.register_autograd(_stack_gradient, setup_context=_stack_setup)
 _backward_op = torch.library.custom_op(
@@ -1071,7 +1109,7 @@ class Compilable(nn.Module):
         state = (h_T, c_T) if self.paired else h_T
         return state if self.is_cell else (y, state)
 
-    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any, rows: int) -> tuple[Tensor, ...]:
         """y, h_T and c_T of batched or packed input."""
         weights = [getattr(self, name) for name in self.names]
         lead = (rows,) if self.is_cell else (self.layers * self.directions, rows)
@@ -1079,17 +1117,25 @@ class Compilable(nn.Module):
             h, c = x.new_zeros((*lead, self.output_size)), x.new_zeros((*lead, self.hidden_size)) if self.paired else None
         else:
             h, c = hx if self.paired else (hx, None)
-        train = torch.is_grad_enabled()
-        op, D, batch_first = torch.ops.rnnfast.stack, self.directions, self.batch_first and batch_sizes is None
+        half, run = _half(x, h, c, weights), partial(self._stack, batch_sizes)
+        if half is None:
+            return run(x, h, c, weights, False)
+        out = h.dtype if self.cell == _GRU or (self.is_cell and self.paired) else half  # as torch's
+        result = _in_float32(run, x, h, c, weights, half, out)
+        assert result is not None
+        return result
+
+    def _stack(self, batch_sizes: Tensor | None, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], low: bool) -> tuple[Tensor, ...]:
+        op, D, batch_first, train = torch.ops.rnnfast.stack, self.directions, self.batch_first and batch_sizes is None, torch.is_grad_enabled()
         if self.dropout == 0 or not self.training or self.layers == 1:
-            y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.layers, D, batch_first, train)
+            y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.layers, D, batch_first, low, train)
             return y, h_T, c_T
         each, ends = len(weights) // self.layers, []
         y = x.transpose(0, 1) if batch_first else x
         for layer in range(self.layers):
             y = torch.dropout(y, self.dropout, True) if layer > 0 else y
             h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
-            y, *end = op(y, batch_sizes, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, train)
+            y, *end = op(y, batch_sizes, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, low, train)
             ends.append(end)
         return y.transpose(0, 1) if batch_first else y, torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends])
 
