@@ -17,7 +17,10 @@ CELLS = ("lstm", "gru", "rnn_tanh")
 MODES = ("inference", "training")
 LARGEST = 2**22  # T * B * H of the largest shape
 SEED = 20260101
-PRECISION = "precision"  # the name of shapes that are timed in every precision
+# names of workloads that targets are set for
+PRECISION = "precision"  # timed in every precision
+STEP = "character model's step"
+TRAINING = "one layer's training"
 
 GATES = {
     "rnn_tanh": 1,
@@ -162,8 +165,11 @@ def named() -> tuple[Shape, ...]:
         for T, B, H in ((50, 50, 128), (100, 32, 256), (100, 64, 512)):
             shapes.append(Shape(cell, T, B, H, H, "training", 0, num_layers=2, name="character model"))
             # and its whole step: embedding, softmax, clipping and Adam too
-            shapes.append(Shape(cell, T, B, 64, H, "training", 0, num_layers=2, vocabulary=129, name="character model's step"))
+            shapes.append(Shape(cell, T, B, 64, H, "training", 0, num_layers=2, vocabulary=129, name=STEP))
     for cell in CELLS:
+        # the sizes that training is often measured at
+        for B, H in ((1, 16), (8, 64), (32, 128), (64, 256), (64, 512)):
+            shapes.append(Shape(cell, 100, B, H, H, "training", 0, name=TRAINING))
         # reinforcement learning: small nets, many updates
         shapes.append(Shape(cell, 128, 8, 64, 64, "training", 0, num_layers=2, name="RL update"))
         # speech: one utterance through a deep bidirectional stack
@@ -177,7 +183,6 @@ def named() -> tuple[Shape, ...]:
         # streaming audio: one frame at a time, one stream
         for H in (16, 64, 256):
             shapes.append(Shape(cell, 1, 1, H, H, "streaming", 1, name="streaming audio"))
-    shapes.append(Shape("lstm", 100, 1, 16, 16, "training", 1, name="tiny"))
     shapes.append(Shape("lstm", 100, 32, 512, 512, "training", 0, proj_size=256, name="projected"))
     return tuple(shapes)
 

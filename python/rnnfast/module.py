@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+# A step frees its arrays and the next makes them anew. glibc hands freed memory back to the system, to be faulted in again page by page (a
+# tenth of a small step), unless something larger was freed before: this, which is never touched. 32 MiB is the most that it takes as a sign.
+np.empty(31 << 20, np.uint8)
+
 
 class Module:
     """A holder of parameters with torch's habits: train/eval, state_dict, gradients that accumulate.
