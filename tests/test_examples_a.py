@@ -38,6 +38,8 @@ def run(name, monkeypatch, *given):
         ("adding_problem", 0, 0.01),
         ("vanishing_gradients", 0, 1e-9),
         ("jane", 95, 100),
+        ("any_divergence", 0, 0.1),
+        ("gates", 0, 1e-12),
         ("japanese_vowels", 93, 100),
         ("sequential_mnist", 80, 100),
         ("narx_solar", 0, 1.5),
