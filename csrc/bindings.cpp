@@ -472,7 +472,8 @@ void forward(const std::string& cell, const Layout& layout, const Weights& weigh
 void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
               int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
               const Array& fresh_h, const Array& fresh_c, Array& tape, bool recompute, const py::array& dy, const Array& dh_T,
-              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, Queue& queue) {
+              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, bool accumulate,
+              Queue& queue) {
   Job j{};
   const CellKind kind = kind_of(cell);
   const Checker check = take_weights(j, kind, weights, suffix, taps);
@@ -509,6 +510,10 @@ void backward(const std::string& cell, const Layout& layout, const Weights& weig
   j.dpeep = check.out(gradients[4], d + "weight_peep" + suffix, "(3, H)", {3, j.H});
   j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
   j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
+  j.overwrite = !accumulate;
+  if (j.overwrite && layout.tokens() == 0)
+    for (Array& g : gradients)
+      if (g) std::memset(g->mutable_data(), 0, static_cast<size_t>(g->nbytes()));
   if (j.B == 0) return;
   queue.add({kind, dtype, j, true, nullptr});
 }
@@ -1104,6 +1109,7 @@ py::object backward(Stack& s, Py_ssize_t count) {
   for (int64_t k = 0; k < s.L * s.D; ++k) {
     Job& j = s.jobs[static_cast<size_t>(k)];
     const int64_t GH = gates(s.kind) * s.H;
+    j.overwrite = true;
     void** const to[] = {&j.dw_ih, &j.dw_hh, n >= 4 ? &j.db_ih : &j.dw_hr, &j.db_hh, &j.dw_hr};
     for (int64_t i = 0; i < n; ++i) {
       PyObject* weight = s.weight_object(k * n + i);
@@ -1115,7 +1121,7 @@ py::object backward(Stack& s, Py_ssize_t count) {
       const bool last = j.projected && i == n - 1;
       const int64_t rows = last ? s.R : GH, columns = i == 0 ? j.I : i == 1 ? s.R : last ? s.H : 1;
       result.append(columns == 1 && i >= 2 && !last ? fresh(s, {rows}, &p) : fresh(s, {rows, columns}, &p));
-      std::memset(p, 0, static_cast<size_t>(rows * columns) * s.item());
+      if (s.tokens == 0) std::memset(p, 0, static_cast<size_t>(rows * columns) * s.item());  // else written
     }
   }
   if (s.tokens == 0) return py::tuple(result);  // B = 0
@@ -1207,7 +1213,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
         py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("recompute"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"),
-        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("queue"));
+        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"),
+        py::arg("accumulate"), py::arg("queue"));
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),

@@ -187,10 +187,10 @@ RNNFAST_INLINE TileFunction<typename E::type> tile_function(int nv, int64_t rows
 // accumulators.
 constexpr int64_t PANEL_BYTES = 128 * 1024;
 
-// One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows and K elements. Rows split evenly (8 = 4 + 4, not
-// 6 + 2).
+// One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows and K elements, a's from `a_at` on. Rows split
+// evenly (8 = 4 + 4, not 6 + 2).
 template <class E, class T>
-__attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t step, const T* w,
+__attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t a_at, int64_t step, const T* w,
                                        const T* first, T* const* c, int64_t c_at) {
   const int64_t full = tile_rows(nv);
   const int64_t width = nv * LANES<T>;
@@ -202,7 +202,7 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
       const int64_t left = rows - r;
       const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
       const T* at[MAX_ROWS];
-      for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + k * step;
+      for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + (a_at + k) * step;
       tile_function<E>(nv, count)(at, step, k_count, w + k * width, k == 0 ? first : nullptr, c + r, c_at, tail);
       r += count;
     }
@@ -227,24 +227,24 @@ struct Panels {
   int tail(int64_t panel) const { return static_cast<int>(panel == count() - 1 ? last : LANES<T>); }
 };
 
-// Panel `panel` of Wᵀ, for W's rows grouped by gate: column (block, slot, lane) is row gate[slot] + unit·pitch, over k; p's first unit is
-// `first_unit` of `units`, and units past the end are 0. A row has `pitch` numbers, which are all taken.
+// Elements [k_begin, k_end) of panel `panel` of Wᵀ, for W's rows grouped by gate: column (block, slot, lane) is row gate[slot] +
+// unit·pitch, over k; p's first unit is `first_unit` of `units`, and units past the end are 0. A row has `pitch` numbers.
 template <class E, class T>
-__attribute__((noinline)) void pack_gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate,
-                                          int64_t pitch, T* to) {
+__attribute__((noinline)) void pack_gates(const Panels<T>& p, int64_t panel, int64_t k_begin, int64_t k_end, int64_t first_unit,
+                                          int64_t units, const T* const* gate, int64_t pitch, T* to) {
   constexpr int L = LANES<T>, D = E::DEPTH;
   const int nv = p.nv(panel);
   for (int v = 0; v < nv; ++v) {
     const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
     const T* from = gate[v % p.slots] + unit * pitch;
     const int64_t valid = least(L, units - unit);
-    for (int64_t k0 = 0; k0 < p.K; k0 += L) {
-      const int count = static_cast<int>(least(L, p.K - k0));
+    for (int64_t k0 = k_begin; k0 < k_end; k0 += L) {
+      const int count = static_cast<int>(least(L, k_end - k0));
       Reg<T> square[L];
       for (int lane = 0; lane < L; ++lane)
         square[lane] = lane < valid ? E::along(from + lane * pitch + k0 * D, least(L * D, pitch - k0 * D)) : all(T(0));
       transpose<T>(square);
-      for (int i = 0; i < count; ++i) store(to + ((k0 + i) * nv + v) * L, square[i]);
+      for (int i = 0; i < count; ++i) store(to + ((k0 - k_begin + i) * nv + v) * L, square[i]);
     }
   }
 }
@@ -263,7 +263,7 @@ __attribute__((noinline)) void pack_rows(const Panels<T>& p, int64_t panel, int6
   }
 }
 
-// pack_gates of bytes.
+// pack_gates of bytes, all of them, since a column's scale is known from all.
 __attribute__((noinline)) inline void pack_gate_bytes(const Panels<float>& p, int64_t panel, int64_t first_unit, int64_t units,
                                                       const float* const* gate, int64_t pitch, float* to) {
   constexpr int L = LANES<float>, D = Bytes::DEPTH;
@@ -352,17 +352,21 @@ class Products {
     }
     return at;
   }
+  // How many of `elements` to pack and multiply at a time where a panel is used once: all where they share a scale.
+  int64_t block(int64_t elements, int64_t wanted) const { return factors == Factors::BYTES ? elements : least(elements, wanted); }
+
   // As the functions of these names.
-  void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t step, const T* w, const T* first, T* const* c,
-                int64_t c_at) const {
+  void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t a_at, int64_t step, const T* w, const T* first,
+                T* const* c, int64_t c_at) const {
     if constexpr (sizeof(T) == sizeof(float))
-      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, step, w, first, c, c_at);
-    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, step, w, first, c, c_at); });
+      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at);
+    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at); });
   }
-  void gates(const Panels<T>& p, int64_t panel, int64_t first_unit, int64_t units, const T* const* gate, int64_t pitch, T* to) const {
+  void gates(const Panels<T>& p, int64_t panel, int64_t k_begin, int64_t k_end, int64_t first_unit, int64_t units, const T* const* gate,
+             int64_t pitch, T* to) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (factors == Factors::BYTES) return pack_gate_bytes(p, panel, first_unit, units, gate, pitch, to);
-    visit([&](auto e) { pack_gates<decltype(e)>(p, panel, first_unit, units, gate, pitch, to); });
+    visit([&](auto e) { pack_gates<decltype(e)>(p, panel, k_begin, k_end, first_unit, units, gate, pitch, to); });
   }
   void rows(const Panels<T>& p, int64_t panel, int64_t K, const T* const* row, T* to) const {
     visit([&](auto e) { pack_rows<decltype(e)>(p, panel, K, row, to); });

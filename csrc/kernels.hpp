@@ -65,6 +65,7 @@ struct Job {
   void* dreset_h;    // (events, S)
   void* dreset_c;    // (events, H)
   void *dw_ih, *dw_hh, *db_ih, *db_hh, *dpeep, *dw_hr, *db_hr;
+  bool overwrite;  // the parameters' gradients are written, not added to; where there is no token, not touched
 };
 
 // One of the threads that carry out a job together; each calls the kernel with its own.

@@ -75,6 +75,10 @@ struct Sequence {
         blocks(share(ceil_div(H, L), group, units)),
         rows(share_rows(crew)) {}
 
+  // Elements of a panel that is used once which are packed and multiplied at a time. Short blocks stay in cache; gates' rows are read along
+  // k, where a long run is what prefetchers follow, and the others' across k, where so many rows are as many streams.
+  static constexpr int64_t GATE_BLOCK = 512, ROW_BLOCK = 16;
+
   // ---- who does what -------------------------------------------------------------------------------------------------------------------
 
   // Row groups take neighbouring rows with about equally many tokens.
@@ -184,7 +188,7 @@ struct Sequence {
   struct Forward {
     Gates x_early, x_late, h_early, h_late;
     T* w_hr;   // packed
-    T* panel;  // one panel, for weights that are used once
+    T* panel;  // a block of a panel, for weights that are used once
     Encoded encoded;
     T *bias, *peep, *b_hr, *a;  // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
     T *state, *past;            // without a tape: [row][pitch], [row][history_pitch]
@@ -222,7 +226,7 @@ struct Sequence {
       T** to = arena.take<T*>(tokens);
       const T** h_prev = arena.take<const T*>(most_rows);
       const T** c_prev = arena.take<const T*>(most_rows);
-      T* panel = arena.take<T>(j.kept ? 0 : MAX_NV * L * elements(most(j.I, most(S, H))));
+      T* panel = arena.take<T>(j.kept ? 0 : MAX_NV * L * multiply.block(elements(most(j.I, most(S, H))), GATE_BLOCK));
       const Encoded encoded = take_encoded(arena, tokens, most(j.I, most(S, H)));
       if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev, f.panel = panel, f.encoded = encoded;
     }
@@ -237,10 +241,10 @@ struct Sequence {
     return !j.kept && w.row_groups == 1 &&
            (p.weights == j.w_hh ? j.T == 1 : forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L) >= j.T);
   }
-  void pack_panel(const Gates& g, const Panels<T>& p, int64_t panel, T* to) const {
+  void pack_panel(const Gates& g, const Panels<T>& p, int64_t panel, int64_t k_begin, int64_t k_end, T* to) const {
     const T* gate[PRE];
     for (int s = 0; s < g.slots; ++s) gate[s] = in(g.weights) + Cell::GATE[g.first_slot + s] * H * g.K;
-    multiply.gates(p, panel, blocks.begin * L, H, gate, g.K, to);
+    multiply.gates(p, panel, k_begin, k_end, blocks.begin * L, H, gate, g.K, to);
   }
 
   // The weights' row blocks in slot order, and the sums' start: the biases that their slots' products bring along.
@@ -251,7 +255,7 @@ struct Sequence {
       for (const Gates* g : parts) {
         if (!g->packed || g->slots == 0) continue;
         const Panels<T> p(own, g->slots, elements(g->K));
-        pack_shared(p, [&](int64_t panel) { pack_panel(*g, p, panel, g->packed + p.at(panel)); });
+        pack_shared(p, [&](int64_t panel) { pack_panel(*g, p, panel, 0, p.K, g->packed + p.at(panel)); });
       }
       for (int64_t b = 0; crew == 0 && b < blocks.size(); ++b)
         for (int s = 0; s < PRE; ++s) {
@@ -273,7 +277,7 @@ struct Sequence {
       if (count > 0) {
         const T* gate[1] = {in(j.w_hr)};
         const Panels<T> p(count, 1, elements(H));
-        pack_shared(p, [&](int64_t panel) { multiply.gates(p, panel, first, j.R, gate, H, f.w_hr + p.at(panel)); });
+        pack_shared(p, [&](int64_t panel) { multiply.gates(p, panel, 0, p.K, first, j.R, gate, H, f.w_hr + p.at(panel)); });
         for (int64_t i = 0; crew == 0 && i < o.size() * L; ++i) f.b_hr[i] = j.b_hr && i < count ? in(j.b_hr)[first + i] : T(0);
       }
     }
@@ -288,10 +292,15 @@ struct Sequence {
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
     const T* const* rows_in = multiply.encode(g.K, count, from, f.encoded.numbers, f.encoded.rows);
     for (int64_t panel = 0; panel < p.count(); ++panel) {
-      const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L;
-      if (!g.packed) pack_panel(g, p, panel, f.panel);
-      multiply.multiply(p.nv(panel), L, count, p.K, rows_in, 1, g.packed ? g.packed + p.at(panel) : f.panel, first ? first + at : nullptr,
-                        to, at);
+      const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L, block = g.packed ? p.K : multiply.block(p.K, GATE_BLOCK);
+      int64_t k = 0;
+      do {
+        const int64_t end = least(p.K, k + block);
+        if (!g.packed) pack_panel(g, p, panel, k, end, f.panel);
+        multiply.multiply(p.nv(panel), L, count, end - k, rows_in, k, 1, g.packed ? g.packed + p.at(panel) : f.panel,
+                          first && k == 0 ? first + at : nullptr, to, at);
+        k = end;
+      } while (k < p.K);
     }
   }
 
@@ -410,7 +419,7 @@ struct Sequence {
         const Panels<T> p(count, 1, elements(H));
         const T* const* rows_in = multiply.encode(H, n, f.from, f.encoded.numbers, f.encoded.rows);
         for (int64_t panel = 0; panel < p.count(); ++panel)
-          multiply.multiply(p.nv(panel), p.tail(panel), n, p.K, rows_in, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to,
+          multiply.multiply(p.nv(panel), p.tail(panel), n, p.K, rows_in, 0, 1, f.w_hr + p.at(panel), f.b_hr + panel * MAX_NV * L, f.to,
                             first + panel * MAX_NV * L);
       }
     }
@@ -440,7 +449,7 @@ struct Sequence {
   };
   struct Backward {
     Columns w_ih, w_early, w_late, w_hr;
-    T* panel;        // one panel, for weights that are used once
+    T* panel;        // a block of a panel, for weights that are used once
     const T** line;  // [PRE·H or R] rows of a weight matrix
     Encoded encoded;
     T *dh, *dc;               // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
@@ -508,7 +517,7 @@ struct Sequence {
       const T** from = arena.take<const T*>(pointers);
       T** to = arena.take<T*>(pointers);
       const T** line = arena.take<const T*>(most(PRE * H, j.R));
-      T* panel = arena.take<T>(j.T == 1 ? MAX_NV * L * elements(most(PRE * H, j.R)) : 0);
+      T* panel = arena.take<T>(MAX_NV * L * ROW_BLOCK);
       const Encoded encoded = take_encoded(arena, tokens, most(PRE * H, j.R));
       if (i == w.id) f.zeros = zeros, f.sums = sums, f.from = from, f.to = to, f.line = line, f.panel = panel, f.encoded = encoded;
     }
@@ -562,6 +571,7 @@ struct Sequence {
     pack_backward(f);
     if (j.recompute) pack_forward(f.again);
     const int64_t chunk = backward_steps();
+    bool fresh = j.overwrite;  // is this the first chunk to reach the parameters' gradients, which has nothing to add to?
     for (int64_t s1 = j.T; s1 > 0; s1 = most(0, s1 - chunk)) {
       const int64_t s0 = most(0, s1 - chunk);
       const int64_t t0 = least(time(s0), time(s1 - 1)), t1 = most(time(s0), time(s1 - 1)) + 1;
@@ -572,9 +582,10 @@ struct Sequence {
       join();
       gather(f, t0, t1, tokens);
       input_gradient(f, t0, t1, base, tokens);
-      vector_gradients(f, t0, t1, tokens);
+      if (tokens > 0) vector_gradients(f, t0, t1, tokens, fresh);
       join();  // from here on da may be overwritten by a faster worker's next chunk
-      parameter_gradients(f, tokens);
+      if (tokens > 0) parameter_gradients(f, tokens, fresh);
+      fresh = fresh && tokens == 0;
     }
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Range h = h_blocks();
@@ -710,11 +721,17 @@ struct Sequence {
     const Panels<T> p(c.width, 1, elements(K));
     const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
     if (!c.packed) lines(f, c);
-    for (int64_t panel = 0; panel < p.count(); ++panel) {
-      if (!c.packed) multiply.rows(p, panel, K, f.line, f.panel);
-      multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, p.K, from, 1, c.packed ? c.packed + p.at(panel) : f.panel, first, f.to,
-                        at + panel * MAX_NV * L);
-    }
+    const int64_t block = c.packed ? p.K : ROW_BLOCK, depth = multiply.exact() ? 1 : 2;
+    int64_t k = 0;
+    do {  // blocks outside: a row of the weights is read from one end to the other
+      const int64_t end = least(p.K, k + block);
+      for (int64_t panel = 0; panel < p.count(); ++panel) {
+        if (!c.packed) multiply.rows(p, panel, least(K, end * depth) - k * depth, f.line + k * depth, f.panel);
+        multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, end - k, from, k, 1, c.packed ? c.packed + p.at(panel) : f.panel,
+                          k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L);
+      }
+      k = end;
+    } while (k < p.K);
   }
 
   // Side by side for the products over a chunk's tokens: daᵀ and the operands. Each worker packs its share.
@@ -759,18 +776,19 @@ struct Sequence {
   }
 
   // db += Σ da and dp += Σ da·c: sums over a chunk's tokens, in their order; columns are split among the workers.
-  void vector_gradients(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
+  void vector_gradients(const Backward& f, int64_t t0, int64_t t1, int64_t tokens, bool fresh) const {
+    const auto add = [fresh](void* to, int64_t i, T value) { out(to)[i] = (fresh ? T(0) : out(to)[i]) + value; };
     if (j.db_ih || j.db_hh) {
       const Range m = column_sums(f, f.da, da_pitch(), PRE * H, tokens);
       for (int64_t i = m.begin; i < m.end; ++i) {
         const int64_t slot = i / H, at = Cell::GATE[slot] * H + i % H;
-        if (j.db_ih && slot < X) out(j.db_ih)[at] += f.sums[i];
-        if (j.db_hh && slot >= EARLY) out(j.db_hh)[at] += f.sums[i];
+        if (j.db_ih && slot < X) add(j.db_ih, at, f.sums[i]);
+        if (j.db_hh && slot >= EARLY) add(j.db_hh, at, f.sums[i]);
       }
     }
     if (j.db_hr) {
       const Range m = column_sums(f, f.dy_total, dy_pitch(), j.R, tokens);
-      for (int64_t i = m.begin; i < m.end; ++i) out(j.db_hr)[i] += f.sums[i];
+      for (int64_t i = m.begin; i < m.end; ++i) add(j.db_hr, i, f.sums[i]);
     }
     if constexpr (Cell::PEEP > 0) {
       if (!j.dpeep) return;
@@ -778,7 +796,7 @@ struct Sequence {
       for (int64_t b = own.begin; b < own.end; ++b) {
         const int m = lanes(b);
         V sum[Cell::PEEP];
-        for (int i = 0; i < Cell::PEEP; ++i) sum[i] = load(out(j.dpeep) + i * H + b * L, m);
+        for (int i = 0; i < Cell::PEEP; ++i) sum[i] = fresh ? all(T(0)) : load(out(j.dpeep) + i * H + b * L, m);
         const T* da = f.da + b * L;
         for (int64_t t = t0; t < t1; ++t)
           for (int64_t r = 0; r < j.active[t]; ++r, da += da_pitch()) {
@@ -805,7 +823,7 @@ struct Sequence {
 
   // dW += daᵀ·operand for slots [s0, s1): rows of the weights are split among the workers.
   void weight_gradient(const Backward& f, int operand, const T* a_packed, int64_t m0, int64_t m1, int64_t tokens, void* weights,
-                       bool by_gate) const {
+                       bool by_gate, bool fresh) const {
     const int64_t width = operand_width(operand);
     const Range tiles = share(ceil_div(m1 - m0, PACKED_ROWS), w.id, w.count);
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
@@ -815,17 +833,21 @@ struct Sequence {
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
     }
     const Panels<T> p(width, 1, elements(tokens));
-    for (int64_t panel = 0; panel < p.count(); ++panel)
-      multiply.multiply(p.nv(panel), p.tail(panel), end - begin, p.K, f.from, PACKED_ROWS, f.operand[operand] + p.at(panel), nullptr, f.to,
-                        panel * MAX_NV * L);
+    const T* const first = fresh ? f.zeros : nullptr;
+    // Where the operand stays in the second-level cache, a few rows after the other, so that each is written from one end to the other.
+    const bool small = p.size() * static_cast<int64_t>(sizeof(T)) <= PANEL_BYTES;
+    const int64_t height = small ? 4 : end - begin;
+    for (int64_t m = 0; m < end - begin; m += height)
+      for (int64_t panel = 0; panel < p.count(); ++panel)
+        multiply.multiply(p.nv(panel), p.tail(panel), least(height, end - begin - m), p.K, f.from + m, 0, PACKED_ROWS,
+                          f.operand[operand] + p.at(panel), first, f.to + m, panel * MAX_NV * L);
   }
 
-  void parameter_gradients(const Backward& f, int64_t tokens) const {
-    if (tokens == 0) return;
-    weight_gradient(f, 0, f.a_packed, 0, X * H, tokens, j.dw_ih, true);
-    weight_gradient(f, 1, f.a_packed, EARLY * H, LATE * H, tokens, j.dw_hh, true);
-    if constexpr (RESETS_FIRST) weight_gradient(f, 2, f.a_packed, LATE * H, PRE * H, tokens, j.dw_hh, true);
-    if (j.projected) weight_gradient(f, 3, f.dy_packed, 0, j.R, tokens, j.dw_hr, false);
+  void parameter_gradients(const Backward& f, int64_t tokens, bool fresh) const {
+    weight_gradient(f, 0, f.a_packed, 0, X * H, tokens, j.dw_ih, true, fresh);
+    weight_gradient(f, 1, f.a_packed, EARLY * H, LATE * H, tokens, j.dw_hh, true, fresh);
+    if constexpr (RESETS_FIRST) weight_gradient(f, 2, f.a_packed, LATE * H, PRE * H, tokens, j.dw_hh, true, fresh);
+    if (j.projected) weight_gradient(f, 3, f.dy_packed, 0, j.R, tokens, j.dw_hr, false, fresh);
   }
 };
 

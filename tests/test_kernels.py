@@ -108,6 +108,72 @@ def test_gradients_accumulate(cell: str, dtype: str, target: str) -> None:
         assert np.isnan(array).all(), name
 
 
+OVERWRITTEN = {
+    "everything": Problem("lstm_peephole", layers=2, directions=2, lengths="ragged", reset=True, state="learned"),
+    "a GRU's late gate": Problem("gru_reset_before", layers=2, state="learned"),
+    "projected": Problem("gru", projection="biased", lengths="ragged", state="learned"),
+    "many chunks": Problem("lstm", "long and wide", lengths="ragged"),
+    "in parts": Problem("rnn_tanh", taps=3, reset=True, state="learned"),
+    "no token": Problem("lstm", "no time", layers=2, state="learned"),
+    "no row": Problem("lstm", "no batch", layers=2, directions=2, state="learned"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_gradients_overwrite(name: str, dtype: str, target: str) -> None:
+    """What was there is never read: NaN leaves no trace."""
+    a = arrays(OVERWRITTEN[name], dtype)
+    _, _, tape, *_ = functional.forward(OVERWRITTEN[name].cell, a.x, a.state, a.params, **a.options)
+    zeros = {name: np.zeros_like(value) for name, value in a.params.items()}
+    functional.backward(tape, a.dy, a.dstate, zeros)
+    nans = {name: np.full_like(value, np.nan) for name, value in a.params.items()}
+    _, _, found = functional.backward(tape, a.dy, a.dstate, nans, accumulate=False)
+    assert found is nans
+    assert_same(found, zeros)
+    assert_same(functional.backward(tape, a.dy, a.dstate)[2], zeros)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_overwrite_though_the_last_steps_have_no_row(reverse: bool, target: str) -> None:
+    """The first chunk of time that backward comes to has no token."""
+    rng = np.random.default_rng(0)
+    suffixes = ("", "_reverse")[: 1 + reverse]
+    params = {f"{name}_l0{s}": rng.standard_normal((5, n)) for s in suffixes for name, n in (("weight_ih", 3), ("weight_hh", 5))}
+    x, lengths = rng.standard_normal((900, 2, 3)), np.array([100, 300])
+    y, _, tape = functional.forward("rnn_tanh", x, None, params, bidirectional=reverse, lengths=lengths)
+    found = functional.backward(tape, np.ones_like(y))[2]
+    shorter, _, tape = functional.forward("rnn_tanh", x[:300], None, params, bidirectional=reverse, lengths=lengths)
+    expected = functional.backward(tape, np.ones_like(shorter))[2]
+    for name in params:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+def test_one_step_equals_the_first_of_two(cell: str, B: int, compute_dtype: str, target: str) -> None:
+    """One step reads the weights once and in blocks, two read packs of them: wider than a block, and not a multiple of one."""
+    dtype, I, H = "float64" if compute_dtype == "float64" else "float32", 1067, 37
+    gates = {"lstm": 4, "gru": 3, "gru_": 3, "rnn_": 1}[cell[:4]]
+    rng = np.random.default_rng(B)
+    params = {
+        f"{name}_l0": rng.standard_normal((gates * H, width)[: 1 + (width > 1)]).astype(dtype) / 16
+        for name, width in {"weight_ih": I, "weight_hh": H, "bias_ih": 1, "bias_hh": 1}.items()
+    }
+    x, dy = rng.standard_normal((2, B, I)).astype(dtype), np.zeros((2, B, H), dtype)
+    dy[0] = rng.standard_normal((B, H))
+    y, _, tape = functional.forward(cell, x, None, params, compute_dtype=compute_dtype)
+    dx, _, gradients = functional.backward(tape, dy)
+    y_1, _, tape_1 = functional.forward(cell, x[:1], None, params, compute_dtype=compute_dtype)
+    dx_1, _, gradients_1 = functional.backward(tape_1, dy[:1])
+    assert dx is not None and dx_1 is not None
+    assert y_1[0].tobytes() == y[0].tobytes()
+    assert np.array_equal(dx_1[0], dx[0])
+    for name in params:
+        assert np.array_equal(gradients_1[name], gradients[name]), name
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_dx_on_request_alone(cell: str, target: str) -> None:
     a = arrays(Problem(cell, layers=2, directions=2, lengths="ragged"), "float32")

@@ -88,6 +88,7 @@ def backward(
     dreset_h: Array | None,
     dreset_c: Array | None,
     gradients: list[Array | None],
+    accumulate: bool,
     queue: Queue,
 ) -> None: ...
 def peak(compute: str, rounds: int) -> float: ...  # operations done in registers: what a product can reach at most

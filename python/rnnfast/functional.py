@@ -372,15 +372,17 @@ def _state(
 
 
 def backward(
-    tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, need_dx: bool = True, threads: int | None = None
-) -> tuple[Array | None, State, dict[str, Array]]:
+    tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, accumulate: bool = True, need_dx: bool = True,
+    threads: int | None = None,
+) -> tuple[Array | None, State, dict[str, Array]]:  # fmt: skip
     """Backpropagation through time: from the gradients of a forward's results to those of its arguments.
 
     Args:
         tape: of `forward`; it may be used any number of times, as long as x and the parameters have not changed.
         dy: like y; never read past a row's end.
         dstate: like the returned state, or None for zeros.
-        gradients: name -> C-contiguous array of the parameter's shape, added to; None starts from zeros.
+        gradients: name -> C-contiguous array of the parameter's shape, added to; None makes new ones.
+        accumulate: False overwrites `gradients` instead, which saves their zeroing and, for a step or two over big weights, half their traffic.
         need_dx: False returns None for dx and saves its product.
         threads: as of `forward`.
 
@@ -392,8 +394,11 @@ def backward(
     """
     who = tape.cell.split("_")[0]
     if gradients is None:
-        gradients = {name: np.zeros_like(value) for name, value in tape.params.items()}
+        gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
     if tape.parts:
+        if not accumulate:
+            for name in tape.params:
+                gradients[name].fill(0)
         return _backward_in_parts(tape, dy, dstate, gradients, need_dx, threads)
     runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
     first = runs[0][0]
@@ -417,6 +422,10 @@ def backward(
         if gradients[name].shape != value.shape:
             raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradients[name].shape}")
 
+    if not accumulate:
+        by_kernels = {name + run.suffix for layer_runs in runs for run in layer_runs for name in _NAMES}
+        for name in tape.params.keys() - by_kernels:
+            gradients[name].fill(0)
     dh_0 = np.empty((L * D, B, S), dtype)
     dc_0 = np.empty((L * D, B, H), dtype) if carries else None
     new = np.zeros if tape.layout.ragged and not tape.layout.packed else np.empty
@@ -437,7 +446,7 @@ def backward(
                 tape.cell, tape.layout, run.weights, run.suffix, tape.compute, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
                 run.fresh_c, run.buffer[: run.size], tape.recompute, dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
                 None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
-                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)], queue,
+                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)], accumulate, queue,
             )  # fmt: skip
             below.append(dbelow)
             resets.append((dreset_h, dreset_c))
