@@ -118,10 +118,8 @@ def ours(problem: Problem, threads: int, compute: str | None = None) -> list[Sid
         return F.forward(shape.cell, x[k], None, params, tape=False, **options)
 
     def train(k: int) -> Any:
-        for gradient in gradients.values():
-            gradient.fill(0)
         y, _, tape = F.forward(shape.cell, x[k], None, params, **options)
-        dx, _, _ = F.backward(tape, dy[k], None, gradients)
+        dx, _, _ = F.backward(tape, dy[k], None, gradients, accumulate=False)
         return y, dx
 
     def results(k: int) -> dict[str, Array]:
