@@ -9,9 +9,10 @@ right word for word.
 The four corners share their features' weights (see net), so that a digit is learnt once for all of them: after 2,000 steps 90 % of the validation
 are right, with a dense layer over the whole picture instead about 80 %.
 
-Measured (one seed): 93.3 %.
+Measured: median 94.6 %, worst 93.3 % of 3 seeds (1,047 s of one core in all).
 
-    python examples/captioning.py
+    python examples/captioning.py                                         # one seed
+    python examples/captioning.py --seeds 3 --keep captioning.json        # three; cut off, it goes on from the seeds in the file
 """
 
 from __future__ import annotations
