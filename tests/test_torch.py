@@ -1,5 +1,6 @@
 """The drop-in for torch: against ATen, value by value and gradient by gradient, and around it all that torch's modules promise."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -316,6 +317,9 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
     "cell state size": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))),
     "hidden dims": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(2, 5), torch.zeros(2, 5))),
     "hidden dtype": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5, dtype=torch.float64)),
+    "one tensor for two states": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), torch.zeros(2, 1, 2, 5)),
+    "one tensor for a cell's states": lambda n: n.LSTMCell(3, 5)(torch.zeros(2, 3), torch.zeros(2, 2, 5)),
+    "three states": lambda n: n.LSTMCell(3, 5)(torch.zeros(2, 3), (torch.zeros(2, 5),) * 3),
     "cell input": lambda n: n.LSTMCell(10, 20)(torch.zeros(3, 11)),
     "cell hidden": lambda n: n.GRUCell(10, 20)(torch.zeros(3, 10), torch.zeros(3, 21)),
     "cell batch": lambda n: n.RNNCell(10, 20)(torch.zeros(3, 10), torch.zeros(5, 20)),
@@ -409,6 +413,18 @@ def test_what_is_not_plain_memory_goes_to_torch() -> None:
             warnings.simplefilter("ignore")  # of torch about torch
             program = torch.export.export(m, (x,))
         torch.testing.assert_close(program.module()(x)[0], y, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_modules_are_leaves_for_fx(name: str) -> None:
+    """As torch.nn's are."""
+    a, b = twins(name, 3, 5)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    for m in (nn.Sequential(a), nn.Sequential(b)):
+        traced = torch.fx.symbolic_trace(m)
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "output"]
+        assert is_ours(traced(x)) == (m[0] is b)
+        torch.testing.assert_close(flat(traced(x)), flat(a(x)), rtol=2e-5, atol=2e-5)
 
 
 def first(out: Any) -> Tensor:
@@ -607,6 +623,64 @@ def test_a_compilable_model_is_one_node_a_layer() -> None:
     (one,) = torch.autograd.grad(trained(x).sum(), both.parts["a"].weight_hh_l0)
     (two,) = torch.autograd.grad(both(x).sum(), both.parts["a"].weight_hh_l0)
     torch.testing.assert_close(one, two)
+
+
+class Between(nn.Module):
+    """A recurrent module between two layers that Dynamo compiles."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.before, self.module, self.after = nn.Linear(3, 3), module, nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(first(self.module(torch.relu(self.before(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("way", ["module", "installed", "aten", "frozen"])
+def test_compiled_models_are_whole_and_ours_where_dynamo_stops(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo ends its graph before torch's layers, and takes cells into it."""
+    model = Between({**LAYERS, **CELLS}[name][0](3, 5))
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    expected, calls = model(x), []
+    model = {"module": fast.convert, "frozen": fast.freeze}.get(way, lambda m: m)(model)
+    stack, frozen = fast._core.stack_forward, fast.functional.forward
+    monkeypatch.setattr(fast._core, "stack_forward", lambda *args: calls.append(1) or stack(*args))
+    monkeypatch.setattr(fast.functional, "forward", lambda *args, **named: calls.append(1) or frozen(*args, **named))
+    torch.compiler.reset()
+    with fast.installed(aten=way == "aten") if way in ("installed", "aten") else contextlib.nullcontext(), torch.set_grad_enabled(way != "frozen"):
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected, rtol=2e-5, atol=2e-5)
+        assert len(calls) == (name in LAYERS or way in ("aten", "frozen"))
+        if name in CELLS and way != "frozen":
+            whole = torch.compile(model, backend="eager", fullgraph=True)
+            torch.testing.assert_close(whole(x), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_compilable_modules_keep_names_hooks_and_attributes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.utils.weight_norm(nn.LSTM(3, 3, 2), "weight_hh_l0")
+            prune.l1_unstructured(self.a, "bias_ih_l1", amount=0.5)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.a.flatten_parameters()
+            return self.b(self.a(x)[0])[0] * self.a.num_layers
+
+    model, calls = Twice(), []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(4, 2, 3)
+    keys, before = list(model.state_dict()), model(x)
+    fast.compilable(model)
+    assert isinstance(model.a, fast.Compilable) and model.a is model.b and list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), before, rtol=2e-5, atol=2e-5)
+    assert len(calls) == 4
+    with torch.no_grad():
+        model.a.weight_hh_l0_g *= 2
+    assert not torch.allclose(model(x), before)
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):

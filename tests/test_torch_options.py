@@ -204,6 +204,64 @@ def test_own_layers_pass_gradcheck(kind: str) -> None:
         torch.autograd.grad(m(x)[0].sum(), x, create_graph=True)
 
 
+CELLS_OF: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
+    "peephole": (lambda: fast.LSTMCell(3, 5, peephole=True, forget_bias=1.0, dtype=F64), lambda: fast.LSTM(3, 5, peephole=True, dtype=F64)),
+    "reset before": (lambda: fast.GRUCell(3, 5, reset_after=False, dtype=F64), lambda: fast.GRU(3, 5, reset_after=False, dtype=F64)),
+}
+
+
+@pytest.mark.parametrize("kind", CELLS_OF)
+def test_own_cells_are_single_steps_of_own_layers(kind: str) -> None:
+    torch.manual_seed(0)
+    cell, layer = CELLS_OF[kind][0](), CELLS_OF[kind][1]()
+    layer.load_state_dict({name + "_l0": p for name, p in cell.state_dict().items()})
+    x, state = torch.randn(4, 2, 3, dtype=F64), None
+    steps = []
+    for step in x:
+        state = cell(step, state)
+        steps.append(state[0] if kind == "peephole" else state)
+    y, end = layer(x)
+    close([torch.stack(steps), state], [y, [s[0] for s in flat(end)]])
+    close(cell(x[0, 0]), [s[0] for s in flat(cell(x[0]))])
+    given = tuple(torch.randn(2, 5, dtype=F64, requires_grad=True) for _ in range(2 if kind == "peephole" else 1))
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat(cell(x, rest[:2] if kind == "peephole" else rest[0])))
+
+    assert torch.autograd.gradcheck(run, (x[0].clone().requires_grad_(), *given, *cell.parameters()), nondet_tol=0.0)
+    for twin in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell)), fast.freeze(copy.deepcopy(cell))):
+        with torch.no_grad():
+            for _ in range(3):
+                close(twin(x[0], given if kind == "peephole" else given[0]), cell(x[0], given if kind == "peephole" else given[0]), 0)
+    with pytest.raises(ValueError, match="torch has no"):
+        fast.to_torch(cell)
+
+
+def test_options_of_cells_change_nothing_unless_given() -> None:
+    for theirs, ours in ((nn.LSTMCell, fast.LSTMCell), (nn.GRUCell, fast.GRUCell)):
+        torch.manual_seed(3)
+        a, after = theirs(3, 5), torch.rand(1)
+        torch.manual_seed(3)
+        b = ours(3, 5)
+        assert torch.equal(after, torch.rand(1)) and repr(b) == repr(a)
+        close(list(b.parameters()), list(a.parameters()), 0)
+    m = fast.LSTMCell(3, 5, peephole=True, forget_bias=2)
+    assert repr(m) == "LSTMCell(3, 5, peephole=True, forget_bias=2.0)" and repr(fast.GRUCell(3, 5, reset_after=False)) == "GRUCell(3, 5, reset_after=False)"
+    for _ in range(2):
+        assert m.bias_ih[5:10].min() > 1.5 and m.bias_hh.max() < 0.5 and m.weight_peep.any()
+        m.reset_parameters()
+    with pytest.raises(ValueError, match="forget_bias needs bias=True"):
+        fast.LSTMCell(3, 5, False, forget_bias=1)
+
+
+def test_own_layers_run_beside_compiled_graphs() -> None:
+    for m in (fast.LSTM(3, 3, peephole=True), fast.LSTMCell(3, 3, peephole=True)):
+        model = nn.Sequential(nn.Linear(3, 3), m)
+        torch.compiler.reset()
+        for x in (sample("LSTM" if isinstance(m, nn.LSTM) else "LSTMCell"),) * 2:
+            close(torch.compile(model, backend="eager")(x), model(x), 1e-6)
+
+
 # ---- resets: the loop of RecurrentPPO in one call -----------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import forward_ad
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
@@ -62,6 +63,15 @@ def _is_plain() -> bool:
     from torch.utils._device import DeviceContext
 
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _eager(function: _Function) -> _Function:
+    """Keeps Dynamo from making a graph that begins with this function: where torch.compile breaks its own, as before nn.LSTM, our kernels run."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
 
 
 # ---- one call of the kernels -------------------------------------------------------------------------------------------------------------
@@ -286,7 +296,7 @@ _library: Any = None  # torch.library.Library while `install(aten=True)` holds
 
 def _by_torch(name: str, *args: Any, **named: Any) -> Any:
     """torch's own function: under install(aten=True) the kernel behind the operation that we have taken over."""
-    if _library is None or named:
+    if _library is None or named or _compiles():
         return _ATEN[name](*args, **named)
     operation = getattr(torch.ops.aten, name)
     packed = not name.endswith("_cell") and isinstance(args[1 if name == "lstm" else 2], Tensor)
@@ -323,14 +333,19 @@ def _last(args: tuple[Any, ...]) -> Any:
     return args if len(args) == 7 else (*args, False)
 
 
+def _is_pair(hx: Any) -> bool:
+    return isinstance(hx, (tuple, list)) and len(hx) == 2
+
+
+@_eager
 def _lstm(*args: Any, **named: Any) -> Any:
     if len(args) == 9 and not named:
         x, a, b = args[:3]
         out = None
         if isinstance(a, Tensor):
-            if len(b) == 2:
+            if _is_pair(b):
                 out = _layers(_LSTM, x, a, b[0], b[1], *_last(args[3:]))
-        elif len(a) == 2:
+        elif _is_pair(a):
             out = _layers(_LSTM, x, None, a[0], a[1], *_last(args[2:]))
         if out is not None:
             return out
@@ -340,6 +355,7 @@ def _lstm(*args: Any, **named: Any) -> Any:
 def _layer_function(name: str) -> Callable[..., Any]:
     cell = _LAYERS[name]
 
+    @_eager
     def layer(*args: Any, **named: Any) -> Any:
         if len(args) == 9 and not named:
             x, a, b = args[:3]
@@ -353,8 +369,9 @@ def _layer_function(name: str) -> Callable[..., Any]:
     return layer
 
 
+@_eager
 def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-    if len(hx) == 2:
+    if _is_pair(hx):
         out = _cell(_LSTM, input, hx[0], hx[1], (w_ih, w_hh, b_ih, b_hh))
         if out is not None:
             return out
@@ -364,6 +381,7 @@ def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh
 def _cell_function(name: str) -> Callable[..., Any]:
     cell = _LAYERS[name]
 
+    @_eager
     def step(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         out = _cell(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh))
         return _by_torch(name + "_cell", input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
@@ -507,7 +525,7 @@ class _Standin:
         m = self.module
         if self.is_cell:
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if m.bias else ("weight_ih", "weight_hh")
-            return [(name + "_l0", getattr(m, name)) for name in names]
+            return [(name + "_l0", getattr(m, name)) for name in (*names, *m._extras)]
         return [(name, getattr(m, name)) for name in (*m._flat_weights_names, *m._extras)]
 
     def step(self, x: Tensor, hx: Any) -> Any:
@@ -649,11 +667,62 @@ _forwards = _forwards_over(_OURS)
 _forwards_by_standin = _forwards_over({name: _cell_by_standin if name.endswith("_cell") else _by_standin for name in _OURS})
 
 
-class _Freezable(nn.Module):
-    """What all six add to torch's modules: a snapshot that `freeze` takes, and that ends where the weights change by rule."""
+class _Ours(nn.Module):
+    """What all six add to torch's modules: a snapshot that `freeze` takes, and that ends where the weights change by rule; options that change nothing
+    where they are not given.
+    """
 
     _frozen: _Frozen | None = None
     _base: type[nn.Module]
+    hidden_size: int
+    bias: bool
+    _extras: tuple[str, ...] = ()  # names of parameters that torch's module has not
+    _is_own = False  # whether it computes what no module of torch does
+    learn_initial_state = False
+    forget_bias = 0.0
+
+    @property
+    def _cell_name(self) -> str:
+        """Among rnnfast.functional's."""
+        raise NotImplementedError
+
+    def _as_torch(self, input: Any, hx: Any) -> Any:
+        """torch's own forward over our functions; a leaf for torch.fx, and a part of Dynamo's graph, as torch's modules are."""
+        if isinstance(input, torch.fx.Proxy):
+            given = (input,) if hx is None else (input, hx)
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
+        return _forwards[self._base](self, input, hx)
+
+    def _extend(self, shapes: dict[str, tuple[int, ...]], forget_bias: float = 0.0) -> None:
+        """Adds parameters that torch's module has not."""
+        if forget_bias and not self.bias:
+            raise ValueError(f"{type(self).__name__}: forget_bias needs bias=True")
+        self.forget_bias = float(forget_bias)
+        w: Any = next(self.parameters())
+        for name, shape in shapes.items():
+            bound = self.hidden_size**-0.5
+            self.register_parameter(name, nn.Parameter(w.new_empty(shape).uniform_(-bound, bound) if name.startswith("weight") else w.new_zeros(shape)))
+        self._extras = tuple(shapes)
+        self._is_own = self._is_own or bool(shapes)
+        self._start()
+
+    def _start(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if name in ("h_0", "c_0") and parameter is not None:
+                    parameter.zero_()
+                if self.forget_bias and name.startswith("bias_ih") and parameter is not None:
+                    parameter[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        self._start()
+
+    def extra_repr(self) -> str:
+        options = {"peephole": False, "reset_after": True, "learn_initial_state": False, "forget_bias": 0.0}
+        given = {name: getattr(self, name, default) for name, default in options.items()}
+        return super().extra_repr() + "".join(f", {name}={value}" for name, value in given.items() if value != options[name])
 
     def train(self, mode: bool = True) -> Any:
         if mode:
@@ -672,14 +741,10 @@ class _Freezable(nn.Module):
         return to_torch(copy.copy(self))
 
 
-class _Layer(_Freezable, nn.RNNBase):
-    """What LSTM, GRU and RNN share beyond torch: forward's keywords, and options that change nothing where they are not given."""
+class _Layer(_Ours, nn.RNNBase):
+    """What LSTM, GRU and RNN share beyond torch: forward's keywords."""
 
-    _extras: tuple[str, ...] = ()  # names of parameters that torch's layer has not
-    _is_own = False  # whether it computes what no torch layer does
-    learn_initial_state = False
-    forget_bias = 0.0
-
+    @_eager
     def forward(self, input: Any, hx: Any = None, *, reset: Any = None, cells: bool = False) -> Any:
         """(y, state) as torch; with `cells` (LSTM) (y, state, c).
 
@@ -687,9 +752,14 @@ class _Layer(_Freezable, nn.RNNBase):
             from zeros or the learned initial state, as if the sequence began there (in both directions).
         cells: also return c, every step's cell state of the last layer, laid out as y, D*H wide. No gradient flows through it.
         """
-        if not self._is_own and self._frozen is None and reset is None and not cells:
+        is_torchs = not self._is_own and self._frozen is None and reset is None and not cells
+        if _compiles():
+            if is_torchs:
+                return self._base.forward(self, input, hx)
+            torch._dynamo.graph_break()
+        if is_torchs:
             paired = self.mode == "LSTM"
-            if hx is not None and not _autocast() and type(input) is Tensor and input.dim() == 3 and (not paired or len(hx) == 2):
+            if hx is not None and not _autocast() and type(input) is Tensor and input.dim() == 3 and (not paired or _is_pair(hx)):
                 self._update_flat_weights()
                 h, c = hx if paired else (hx, None)
                 out = _layers(
@@ -698,7 +768,7 @@ class _Layer(_Freezable, nn.RNNBase):
                 )  # fmt: skip
                 if out is not None:
                     return out[0], out[1:] if paired else out[1]
-            return _forwards[self._base](self, input, hx)
+            return self._as_torch(input, hx)
         if self._frozen is not None and hx is not None and reset is None and not cells and type(input) is Tensor:
             x = input.transpose(0, 1) if self.batch_first else input
             out = self._frozen.short(x, tuple(hx) if self.mode == "LSTM" else (hx,), False)
@@ -731,40 +801,15 @@ class _Layer(_Freezable, nn.RNNBase):
     def _cell_name(self) -> str:
         return self.mode.lower()
 
-    def _extend(self, learn_initial_state: bool, forget_bias: float = 0.0, peephole: bool = False) -> None:
-        """Adds the parameters that torch's layer has not: weight_peep_l{k}[_reverse] (3, H), h_0 (L*D, 1, R), c_0 (L*D, 1, H)."""
-        if forget_bias and not self.bias:
-            raise ValueError(f"{type(self).__name__}: forget_bias needs bias=True")
-        self.learn_initial_state, self.forget_bias = bool(learn_initial_state), float(forget_bias)
+    def _more(self, learn_initial_state: bool, peephole: bool = False) -> dict[str, tuple[int, ...]]:
+        """weight_peep_l{k}[_reverse] (3, H), h_0 (L*D, 1, R), c_0 (L*D, 1, H)."""
+        self.learn_initial_state = bool(learn_initial_state)
         ends = [name.removeprefix("weight_hh") for name in self._flat_weights_names if name.startswith("weight_hh")]
-        H, w = self.hidden_size, self._flat_weights[0]
-        assert w is not None
-        shapes: dict[str, tuple[int, ...]] = {"weight_peep" + end: (3, H) for end in ends} if peephole else {}
+        shapes: dict[str, tuple[int, ...]] = {"weight_peep" + end: (3, self.hidden_size) for end in ends} if peephole else {}
         if learn_initial_state:
-            shapes |= {"h_0": (len(ends), 1, self.proj_size or H)} | ({"c_0": (len(ends), 1, H)} if self.mode == "LSTM" else {})
-        for name, shape in shapes.items():
-            start = w.new_empty(shape).uniform_(-(H**-0.5), H**-0.5) if name.startswith("weight") else w.new_zeros(shape)
-            self.register_parameter(name, nn.Parameter(start))
-        self._extras = tuple(shapes)
-        self._is_own = self._is_own or bool(shapes)
-        self._start()
-
-    def _start(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                if name in ("h_0", "c_0") and parameter is not None:
-                    parameter.zero_()
-                if self.forget_bias and name.startswith("bias_ih") and parameter is not None:
-                    parameter[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._start()
-
-    def extra_repr(self) -> str:
-        options = {"peephole": False, "reset_after": True, "learn_initial_state": False, "forget_bias": 0.0}
-        given = {name: getattr(self, name, default) for name, default in options.items()}
-        return super().extra_repr() + "".join(f", {name}={value}" for name, value in given.items() if value != options[name])
+            shapes["h_0"] = len(ends), 1, self.proj_size or self.hidden_size
+            shapes |= {"c_0": (len(ends), 1, self.hidden_size)} if self.mode == "LSTM" else {}
+        return shapes
 
 
 class LSTM(_Layer, nn.LSTM):
@@ -791,7 +836,7 @@ class LSTM(_Layer, nn.LSTM):
     ) -> None:  # as torch's, whose errors count arguments
         super().__init__(*args, **named)
         self.peephole = bool(peephole)
-        self._extend(learn_initial_state, forget_bias, peephole)
+        self._extend(self._more(learn_initial_state, peephole), forget_bias)
 
     @property
     def _cell_name(self) -> str:
@@ -811,7 +856,7 @@ class GRU(_Layer, nn.GRU):
         super().__init__(*args, **named)
         self.reset_after = bool(reset_after)
         self._is_own = not reset_after
-        self._extend(learn_initial_state)
+        self._extend(self._more(learn_initial_state))
 
     @property
     def _cell_name(self) -> str:
@@ -825,26 +870,32 @@ class RNN(_Layer, nn.RNN):
 
     def __init__(self, *args: Any, learn_initial_state: bool = False, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._extend(learn_initial_state)
+        self._extend(self._more(learn_initial_state))
 
 
 _CELL_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
 
 
-class _Step(_Freezable, nn.RNNCellBase):
+class _Step(_Ours, nn.RNNCellBase):
     """What the three cells share beyond torch."""
 
+    @_eager
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if self._frozen is None:
+        is_torchs = not self._is_own and self._frozen is None
+        if _compiles():
+            if is_torchs:
+                return self._base.forward(self, input, hx)
+            torch._dynamo.graph_break()
+        if is_torchs:
             name: Any = self._cell_name
             p, cell = self._parameters, _LAYERS.get(name)
-            if hx is not None and cell is not None and p.keys() == _CELL_WEIGHTS and not _autocast() and (cell != _LSTM or len(hx) == 2):
+            if hx is not None and cell is not None and p.keys() == _CELL_WEIGHTS and not _autocast() and (cell != _LSTM or _is_pair(hx)):
                 h, c = hx if cell == _LSTM else (hx, None)
                 out = _cell(cell, input, h, c, (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]))
                 if out is not None:
                     return out if cell == _LSTM else out[0]
-            return _forwards[self._base](self, input, hx)
-        if hx is not None:
+            return self._as_torch(input, hx)
+        if self._frozen is not None and hx is not None:
             out = self._frozen.short(input, tuple(hx) if self._base is nn.LSTMCell else (hx,), True)
             if out is not None:
                 return out[1:] if self._base is nn.LSTMCell else out[1]
@@ -852,15 +903,40 @@ class _Step(_Freezable, nn.RNNCellBase):
 
 
 class LSTMCell(_Step, nn.LSTMCell):
-    """torch.nn.LSTMCell on our kernels."""
+    """torch.nn.LSTMCell on our kernels; peephole (weight_peep (3, H)) and forget_bias as of `LSTM`.
 
-    _base, _cell_name = nn.LSTMCell, "lstm"
+    >>> h, c = LSTMCell(4, 8, peephole=True)(torch.zeros(2, 4))
+    >>> h.shape
+    torch.Size([2, 8])
+    """
+
+    _base = nn.LSTMCell
+    peephole = False
+
+    def __init__(self, *args: Any, peephole: bool = False, forget_bias: float = 0.0, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.peephole = bool(peephole)
+        self._extend({"weight_peep": (3, self.hidden_size)} if peephole else {}, forget_bias)
+
+    @property
+    def _cell_name(self) -> str:
+        return "lstm_peephole" if self.peephole else "lstm"
 
 
 class GRUCell(_Step, nn.GRUCell):
-    """torch.nn.GRUCell on our kernels."""
+    """torch.nn.GRUCell on our kernels; reset_after as of `GRU`."""
 
-    _base, _cell_name = nn.GRUCell, "gru"
+    _base = nn.GRUCell
+    reset_after = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.reset_after = bool(reset_after)
+        self._is_own = not reset_after
+
+    @property
+    def _cell_name(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
 
 
 class RNNCell(_Step, nn.RNNCell):
@@ -898,7 +974,7 @@ def to_torch(model: _Model) -> _Model:
     """
     ours = {twin: base for base, twin in _TWINS.items()}
     for module in model.modules():
-        if isinstance(module, _Layer) and module._is_own:
+        if isinstance(module, _Ours) and module._is_own:
             raise ValueError(f"to_torch: torch has no {module}")
     for module in unfreeze(model).modules():
         module.__class__ = ours.get(type(module), type(module))
@@ -917,7 +993,7 @@ def freeze(model: _Model) -> _Model:
     ...     y, state = layer(torch.zeros(1, 1, 4))
     """
     for module in convert(model).eval().modules():
-        if isinstance(module, _Freezable):
+        if isinstance(module, _Ours):
             module._frozen = None
             module._frozen = _Frozen(module)
     return model
@@ -926,7 +1002,7 @@ def freeze(model: _Model) -> _Model:
 def unfreeze(model: _Model) -> _Model:
     """`freeze` undone: calls read the weights again."""
     for module in model.modules():
-        if isinstance(module, _Freezable):
+        if isinstance(module, _Ours):
             module._frozen = None
     return model
 
@@ -1063,25 +1139,30 @@ _backward_op.register_autograd(_second_gradient, setup_context=_second_setup)
 class Compilable(nn.Module):
     """A recurrent layer or cell of torch.nn as one node of a compiled graph (one a layer under dropout); `compilable` makes them.
 
-    Parameters and their names are the original's, and so is what it takes.
+    Parameters, their names, hooks and attributes are the original's, and so is what it takes.
     """
+
+    mode = ""
+    hidden_size: int
+    _flat_weights_names: list[str]
+    num_layers, bidirectional, batch_first, dropout, proj_size = 1, False, False, 0.0, 0  # as a cell has them
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        source: Any = module
+        own = ("_flat_weights", "_flat_weight_refs", "_frozen")
+        vars(self).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items() if k not in own})
         self.is_cell = isinstance(module, nn.RNNCellBase)
-        mode = source.mode if not self.is_cell else "LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else ""
-        self.cell = _LAYERS[(mode or f"rnn_{source.nonlinearity}").lower()]
-        self.paired, self.input_size, self.hidden_size = self.cell == _LSTM, source.input_size, source.hidden_size
-        self.layers = 1 if self.is_cell else source.num_layers
-        self.directions = 2 if not self.is_cell and source.bidirectional else 1
-        self.batch_first = not self.is_cell and source.batch_first
-        self.dropout = 0.0 if self.is_cell else source.dropout
-        self.output_size = (0 if self.is_cell else source.proj_size) or source.hidden_size
-        self.names = [name for name, _ in module.named_parameters()]
-        for name, parameter in module.named_parameters():
-            self.register_parameter(name, parameter)
-        self.train(module.training)
+        kind = self.mode or ("LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else f"rnn_{self.nonlinearity}")
+        self.cell = _LAYERS[kind.lower()]
+        self.paired, self.output_size, self.directions = self.cell == _LSTM, self.proj_size or self.hidden_size, 1 + self.bidirectional
+        cell_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        self.names = list(cell_names if self.is_cell else self._flat_weights_names)
+
+    def flatten_parameters(self) -> None:
+        """As torch's layers have it, nothing here."""
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.hidden_size}"
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """(y, h_T) or (y, (h_T, c_T)) as the original; cells give h or (h, c)."""
@@ -1112,7 +1193,7 @@ class Compilable(nn.Module):
     def _run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any, rows: int) -> tuple[Tensor, ...]:
         """y, h_T and c_T of batched or packed input."""
         weights = [getattr(self, name) for name in self.names]
-        lead = (rows,) if self.is_cell else (self.layers * self.directions, rows)
+        lead = (rows,) if self.is_cell else (self.num_layers * self.directions, rows)
         if hx is None:
             h, c = x.new_zeros((*lead, self.output_size)), x.new_zeros((*lead, self.hidden_size)) if self.paired else None
         else:
@@ -1127,12 +1208,12 @@ class Compilable(nn.Module):
 
     def _stack(self, batch_sizes: Tensor | None, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], low: bool) -> tuple[Tensor, ...]:
         op, D, batch_first, train = torch.ops.rnnfast.stack, self.directions, self.batch_first and batch_sizes is None, torch.is_grad_enabled()
-        if self.dropout == 0 or not self.training or self.layers == 1:
-            y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.layers, D, batch_first, low, train)
+        if self.dropout == 0 or not self.training or self.num_layers == 1:
+            y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.num_layers, D, batch_first, low, train)
             return y, h_T, c_T
-        each, ends = len(weights) // self.layers, []
+        each, ends = len(weights) // self.num_layers, []
         y = x.transpose(0, 1) if batch_first else x
-        for layer in range(self.layers):
+        for layer in range(self.num_layers):
             y = torch.dropout(y, self.dropout, True) if layer > 0 else y
             h_l, c_l = (None if s is None else s[layer * D : layer * D + D] for s in (h, c))
             y, *end = op(y, batch_sizes, h_l, c_l, weights[layer * each : layer * each + each], self.cell, 1, D, False, low, train)
@@ -1145,13 +1226,18 @@ def compilable(model: nn.Module) -> nn.Module:
 
     Layers below the top are replaced in place; use what is returned.
     """
-    if isinstance(model, _Layer) and model._is_own:
-        raise ValueError(f"compilable: torch has no {model}")
-    if type(model) in _TWINS or type(model) in _TWINS.values():
-        return Compilable(model)
-    for name, child in model.named_children():
-        setattr(model, name, compilable(child))
-    return model
+    done: dict[nn.Module, nn.Module] = {}  # a module may have several names
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and _is_replaceable(child):
+                setattr(parent, name, done.setdefault(child, Compilable(child)))
+    return Compilable(model) if _is_replaceable(model) else model
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    if isinstance(module, _Ours) and module._is_own:
+        raise ValueError(f"compilable: torch has no {module}")
+    return type(module) in _TWINS or type(module) in _TWINS.values()
 
 
 # ---- rnnfast's own models in many processes ----------------------------------------------------------------------------------------------
