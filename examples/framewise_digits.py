@@ -6,7 +6,7 @@ both ends and names each column by a softmax; the same without recurrence (a win
 stands beside it. Strips are made anew at every step from 3,800 training images; the weights kept are the best on strips of 200 others, the test
 strips come from 1,000 images of their own. Frame error rate: wrong columns over all columns. Bar: the LSTM below half of the window's.
 
-Measured (one seed): 3.9 % of the columns wrong, the window 17.4 %.
+Measured: median 3.79 % of the columns wrong, worst 3.86 % of 3 seeds; the window 17.55 % (97 s of one core in all).
 
     python examples/framewise_digits.py
 """

@@ -6,7 +6,7 @@ a training one; each class counts equally. Beside it stands naive Bayes over sin
 Bar: fewer errors than naive Bayes, and 90 % right. The picture shows the state of one cell, the one that best tells code from documentation, over a
 test text that passes from one to the other.
 
-Measured (one seed): 94.6 % right, naive Bayes 92.1 %.
+Measured: median 95.6 % right, worst 94.6 % of 3 seeds; naive Bayes 92.1 % (66 s of one core in all).
 
     python examples/text_classification.py
 """
