@@ -1,5 +1,7 @@
 """A character model's whole training step, embedding to Adam, in rnnfast and in torch: what `rnnfast lm train` repeats.
 
+    python bench/language.py             # where rnnfast's step spends its time, at three sizes; run.py --list named compares
+
 Tokens -> embedding -> recurrent layers -> softmax, the state carried from batch to batch; gradients clipped to a norm, Adam.
 peers.py draws the weights and tokens. `results` are those of three steps from the same weights: the losses, and the first gradients.
 """
@@ -7,8 +9,12 @@ peers.py draws the weights and tokens. `results` are those of three steps from t
 from __future__ import annotations
 
 import functools
+import statistics
+import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import rnnfast
@@ -125,3 +131,54 @@ def torch_sides(problem: Problem, threads: list[int]) -> Iterator[Side]:
         trainer = _Torch(problem, adam)
         for n in threads:
             yield _side("torch", mode, n, trainer, functools.partial(torch.set_num_threads, n))
+
+
+def parts(problem: Problem, threads: int, steps: int = 8) -> dict[str, float]:
+    """Median seconds of each part of rnnfast's step, its forward and backward added up."""
+    rnnfast.set_num_threads(threads)
+    trainer = _Ours(problem)
+    trainer.start()
+    graph, times = trainer.graph, defaultdict[str, list[float]](list)
+
+    def timed(part: str, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*arguments, **named)
+        spent[part] += time.perf_counter() - start
+        return result
+
+    for k in range(steps):
+        spent: dict[str, float] = defaultdict(float)
+        x, target = problem.x[k % len(problem.x)], problem.dy[k % len(problem.x)]
+        timed("zero", trainer.optimizer.zero_gradients)
+        below = timed("embedding", graph["embedding"], x)
+        y, _ = timed("recurrent", graph["rnn"], below)
+        logits = timed("logits", graph["logits"], y)
+        _, dy = timed("softmax", softmax_cross_entropy, logits, target, out=logits)
+        dy = timed("logits", graph["logits"].backward, dy)
+        dy, _ = timed("recurrent", graph["rnn"].backward, dy)
+        timed("embedding", graph["embedding"].backward, dy)
+        timed("clip", clip_global_norm, graph, CLIP)
+        timed("Adam", trainer.optimizer.step)
+        for part, seconds in spent.items():
+            times[part].append(seconds)
+    return {part: statistics.median(each) for part, each in times.items()}
+
+
+def main() -> int:
+    """Prints a line a size and number of threads: milliseconds, and each part's share."""
+    import limits
+    import peers
+    import shapes
+
+    for shape in shapes.named():
+        if shape.name == shapes.STEP:
+            for threads in sorted({1, limits.cores()}):
+                found = parts(peers.Problem(shape), threads)
+                whole = sum(found.values())
+                shares = ", ".join(f"{part} {seconds / whole:.1%}" for part, seconds in found.items())
+                print(f"{shape.cell} T={shape.T} B={shape.B} H={shape.H}, {threads} threads: {whole * 1e3:.1f} ms; {shares}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

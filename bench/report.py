@@ -66,7 +66,8 @@ class Claim:
 
     @property
     def met(self) -> bool:
-        return self.value <= self.target if self.cost else self.value >= self.target
+        shown = round(self.value, 2)  # as the page shows it
+        return shown <= self.target if self.cost else shown >= self.target
 
     @property
     def reach(self) -> float:
@@ -259,7 +260,7 @@ def _row(s: Shape) -> list[str]:
     mine = f"{s.ours['ms']:.4g}"
     roof = f"{s.ours['share_of_roof']:.0%}"
     if s.best is None:
-        return [name, mine, "", "", "", "", roof]
+        return [name, mine, "", "", "", "", roof]  # no peer has it
     low, high = s.best["ratio_quartiles"]
     peer = f"{s.best['library']} {s.best['library_mode']} x{s.best['library_threads']}"
     return [name, mine, peer, f"{s.best['ms']:.4g}", f"{s.best['ratio']:.2f}", f"{low:.2f} to {high:.2f}", roof]
