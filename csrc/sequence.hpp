@@ -517,12 +517,14 @@ struct Sequence {
       const T** from = arena.take<const T*>(pointers);
       T** to = arena.take<T*>(pointers);
       const T** line = arena.take<const T*>(most(PRE * H, j.R));
-      T* panel = arena.take<T>(MAX_NV * L * ROW_BLOCK);
+      T* panel = arena.take<T>(MAX_NV * L * row_block(j.B));
       const Encoded encoded = take_encoded(arena, tokens, most(PRE * H, j.R));
       if (i == w.id) f.zeros = zeros, f.sums = sums, f.from = from, f.to = to, f.line = line, f.panel = panel, f.encoded = encoded;
     }
     return f;
   }
+  // Each block reads and writes all of what is summed: more rows of it ask for longer blocks.
+  static int64_t row_block(int64_t n) { return most(ROW_BLOCK, n); }
   bool used_once(const Columns&) const { return j.T == 1 && w.row_groups == 1; }
   int64_t height(const Columns& c) const { return c.to_slot > c.from_slot ? (c.to_slot - c.from_slot) * H : j.R; }
   void lines(const Backward& f, const Columns& c) const {
@@ -721,7 +723,7 @@ struct Sequence {
     const Panels<T> p(c.width, 1, elements(K));
     const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
     if (!c.packed) lines(f, c);
-    const int64_t block = c.packed ? p.K : ROW_BLOCK, depth = multiply.exact() ? 1 : 2;
+    const int64_t block = c.packed ? p.K : row_block(n), depth = multiply.exact() ? 1 : 2;
     int64_t k = 0;
     do {  // blocks outside: a row of the weights is read from one end to the other
       const int64_t end = least(p.K, k + block);

@@ -150,7 +150,7 @@ def test_gradients_overwrite_though_the_last_steps_have_no_row(reverse: bool, ta
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("B", [1, 7, 40])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
 def test_one_step_equals_the_first_of_two(cell: str, B: int, compute_dtype: str, target: str) -> None:
     """One step reads the weights once and in blocks, two read packs of them: wider than a block, and not a multiple of one."""
