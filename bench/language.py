@@ -47,9 +47,7 @@ class _Ours:
 
     def __init__(self, problem: Problem) -> None:
         shape = problem.shape
-        sizes = Config(
-            cell=shape.cell, layers=shape.num_layers, hidden=shape.H, embedding=shape.I, seq_length=shape.T, batch_size=shape.B
-        )
+        sizes = Config(cell=shape.cell, layers=shape.num_layers, hidden=shape.H, embedding=shape.I, seq_length=shape.T, batch_size=shape.B)
         self.graph = LanguageModel(sizes, Alphabet(bytes(range(shape.vocabulary - 1)))).graph
         self.problem = problem
 

@@ -111,9 +111,7 @@ def _cache_sizes() -> dict[str, int]:
         kind = (index / "type").read_text().strip()
         size = (index / "size").read_text().strip()
         if kind != "Instruction":
-            sizes["L" + (index / "level").read_text().strip()] = int(size.rstrip("KM")) * (
-                1 << 20 if size.endswith("M") else 1 << 10
-            )
+            sizes["L" + (index / "level").read_text().strip()] = int(size.rstrip("KM")) * (1 << 20 if size.endswith("M") else 1 << 10)
     return sizes or {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
 
 
@@ -234,9 +232,7 @@ def facts() -> dict[str, Any]:
         for threads in sorted({1, everyone}):
             result[f"peak {dtype} x{threads}"] = {"best": round(in_registers(dtype, threads) / 1e9, 1)}
     for threads in sorted({1, everyone}):
-        result[f"bandwidth x{threads}"] = {
-            level: round(bandwidth(level, threads) / 1e9, 1) for level in ("L1", "L2", "L3", "DRAM")
-        }
+        result[f"bandwidth x{threads}"] = {level: round(bandwidth(level, threads) / 1e9, 1) for level in ("L1", "L2", "L3", "DRAM")}
     return result
 
 

@@ -226,9 +226,7 @@ def _torch_module(problem: Problem) -> Any:
         options["nonlinearity"] = shape.cell[4:]
     if shape.proj_size:
         options["proj_size"] = shape.proj_size
-    module = getattr(torch.nn, TORCH_CELLS[shape.cell])(
-        shape.I, shape.H, shape.num_layers, bidirectional=shape.bidirectional, **options
-    )
+    module = getattr(torch.nn, TORCH_CELLS[shape.cell])(shape.I, shape.H, shape.num_layers, bidirectional=shape.bidirectional, **options)
     module.load_state_dict({name: torch.from_numpy(value) for name, value in problem.params.items()})
     return module
 

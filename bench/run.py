@@ -43,10 +43,7 @@ def measure(shape: Shape, libraries: tuple[str, ...], rounds: int, seconds: floa
         mine = [timing.results(side) for side in ours]
         for side in _one_a_mode(candidates):
             notes[side.library, side.mode] = {"difference": timing.agree(mine, side, problem.tolerance)}
-    best = [
-        timing.fastest([side for side in candidates if side.library == library])
-        for library in dict.fromkeys(side.library for side in candidates)
-    ]
+    best = [timing.fastest([side for side in candidates if side.library == library]) for library in dict.fromkeys(side.library for side in candidates)]
     timings = timing.alternate([timing.fastest(ours), *best], rounds, seconds)
     peak = 1e9 * machine[f"peak {shape.dtype} x{threads}"]["best"]
     roof = limits.roof(shape, threads, machine)
