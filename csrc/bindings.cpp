@@ -7,12 +7,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.hpp"
@@ -31,6 +33,24 @@ std::string tuple_text(const std::vector<py::ssize_t>& shape) {
   return s + (shape.size() == 1 ? ",)" : ")");
 }
 std::vector<py::ssize_t> shape_of(const py::array& a) { return {a.shape(), a.shape() + a.ndim()}; }
+
+// The GIL let go for the length of a block. A thread that asks for it back while Python ends is unwound by pthread_exit, which no
+// destructor lets through: the process would abort. Such a thread sleeps here until the process is gone, as in Python from 3.14 on.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  Unlocked(const Unlocked&) = delete;
+  ~Unlocked() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+};
 
 // ---- buffers that outlive a call: fresh pages cost several per cent --------------------------------------------------------------------
 
@@ -419,7 +439,7 @@ class Queue {
   void add(const Entry& e) { entries_.push_back(e); }
   void run() {
     std::vector<Entry> entries = std::exchange(entries_, {});
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     std::vector<Call> calls;
     for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, most_, e.snapshot});
     if (!calls.empty()) run_together(calls);
@@ -578,7 +598,7 @@ class Stream {
     py::array y(check_->dtype, std::vector<py::ssize_t>{T, layout_.B, first.R});
     void* const result = y.mutable_data();
     {
-      const py::gil_scoped_release release;
+      const Unlocked unlocked;
       for (size_t i = 0; i < layers_.size(); ++i) {
         Layer& l = layers_[i];
         Job j = l.job;
@@ -1032,7 +1052,7 @@ py::object forward(Stack& s) {
   const auto bytes = static_cast<size_t>(s.tokens * width) * s.item();
   const bool between = s.L > 1 && !tape;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     const Lent first(between ? bytes : 0), second(between && s.L > 2 ? bytes : 0);
     Tokens below = s.strided(s.x);
     for (int64_t l = 0; l < s.L; ++l) {
@@ -1127,7 +1147,7 @@ py::object backward(Stack& s, Py_ssize_t count) {
   }
   if (s.tokens == 0) return py::tuple(result);  // B = 0
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     const auto bytes = static_cast<size_t>(s.tokens * below_width) * s.item();
     const Lent one(s.L > 1 ? bytes : 0), two(s.L > 1 ? bytes : 0), other(s.D > 1 ? bytes : 0);
     const Lent carried(s.kind != LSTM && carries(s.kind) ? static_cast<size_t>(s.D * s.B * s.H) * s.item() : 0);
@@ -1250,7 +1270,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       [](const std::string& compute, int64_t rounds) {
         const Dtype dtype = compute == "float64" ? FLOAT64 : FLOAT32;
         const Compute products = compute_of(compute, dtype, "peak: ");
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         return kernels().peak(dtype, products, rounds);
       },
       py::arg("compute"), py::arg("rounds"));

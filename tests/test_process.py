@@ -149,6 +149,24 @@ assert found == [expected] * 50
     )
 
 
+def test_python_ends_while_threads_compute() -> None:
+    """Daemon threads that come back from the kernels when it is too late for Python."""
+    python(
+        CALL
+        + """
+import time
+
+def work():
+    while True:
+        digest(), train()
+
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+"""
+    )
+
+
 def test_number_of_threads_from_the_environment() -> None:
     """RNNFAST_NUM_THREADS, then OMP_NUM_THREADS, then the cores that the process may use."""
     script = "import rnnfast; print(rnnfast.get_num_threads())"

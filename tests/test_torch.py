@@ -587,7 +587,7 @@ def test_compilable_modules_take_packed_sequences(name: str, enforce_sorted: boo
     torch.compiler.reset()
     for hx in (None, state):
         found = []
-        compiled = torch.compile(b, fullgraph=True, backend="eager") if hx is not None or not enforce_sorted else b  # else B is a value, no shape
+        compiled = torch.compile(b, fullgraph=True, backend="eager")
         for m in (a, b, compiled):
             x = torch.ones(4, 6, 3, dtype=torch.float64, requires_grad=True)
             parts = flat(m(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=enforce_sorted), hx))
@@ -652,6 +652,9 @@ def test_compiled_models_are_whole_and_ours_where_dynamo_stops(name: str, way: s
     with fast.installed(aten=way == "aten") if way in ("installed", "aten") else contextlib.nullcontext(), torch.set_grad_enabled(way != "frozen"):
         torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected, rtol=2e-5, atol=2e-5)
         assert len(calls) == (name in LAYERS or way in ("aten", "frozen"))
+        if way != "frozen":
+            found = [torch.autograd.grad(m(x).sum(), list(model.parameters())) for m in (model, torch.compile(model, backend="aot_eager"))]
+            torch.testing.assert_close(*found, rtol=2e-5, atol=2e-5)
         if name in CELLS and way != "frozen":
             whole = torch.compile(model, backend="eager", fullgraph=True)
             torch.testing.assert_close(whole(x), expected, rtol=2e-5, atol=2e-5)
@@ -671,16 +674,17 @@ def test_compilable_modules_keep_names_hooks_and_attributes() -> None:
             return self.b(self.a(x)[0])[0] * self.a.num_layers
 
     model, calls = Twice(), []
-    model.a.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.a.register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(4, 2, 3)
     keys, before = list(model.state_dict()), model(x)
     fast.compilable(model)
     assert isinstance(model.a, fast.Compilable) and model.a is model.b and list(model.state_dict()) == keys
     torch.testing.assert_close(model(x), before, rtol=2e-5, atol=2e-5)
     assert len(calls) == 4
+    handle.remove()
     with torch.no_grad():
         model.a.weight_hh_l0_g *= 2
-    assert not torch.allclose(model(x), before)
+    assert not torch.allclose(model(x), before) and len(calls) == 4
 
 
 class Rows(torch.utils.data.Dataset[Tensor]):

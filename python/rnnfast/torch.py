@@ -2,6 +2,7 @@
 
 modules    LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell are torch.nn's own classes with another forward; `convert` and `to_torch` swap classes.
 functions  `install` puts ours in torch._VF, which every torch.nn module calls: models built long ago run on our kernels unchanged.
+halves     under autocast, and of modules in bfloat16 or float16, sums and states are float32; bfloat16's products are in it where the CPU has them.
 decline    what the kernels do not take (other devices, dtypes and layouts, functorch, tracing, forward AD) goes to torch's own function,
            which computes it or complains; so every error text is torch's.
 extras     what torch's layers lack (peepholes, resets, learned states, a frozen snapshot) runs on rnnfast.functional.
@@ -169,7 +170,10 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 def _half(x: Any, h: Any, c: Any, weights: Sequence[Any]) -> torch.dtype | None:
     """The half that a call is of: autocast's, or that of all its tensors."""
-    dtypes = {t.dtype for t in (x, h, c, *weights) if isinstance(t, Tensor)}
+    tensors = [t for t in (x, h, c, *weights) if t is not None]
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return None
+    dtypes = {t.dtype for t in tensors}
     if torch.is_autocast_enabled("cpu"):
         return None if torch.float64 in dtypes else torch.get_autocast_dtype("cpu")
     return x.dtype if len(dtypes) == 1 and x.dtype in _HALVES else None
@@ -529,10 +533,10 @@ class _Standin:
         return [(name, getattr(m, name)) for name in (*m._flat_weights_names, *m._extras)]
 
     def step(self, x: Tensor, hx: Any) -> Any:
-        """One step of a frozen cell: h or (h, c)."""
-        states = tuple(s[None] for s in hx) if isinstance(hx, tuple) else hx[None]
-        _, *state = self.run(x[None], None, states)
-        return tuple(s[0] for s in state) if isinstance(hx, tuple) else state[0][0]
+        """One step of a cell: h or (h, c)."""
+        paired = isinstance(hx, (tuple, list))
+        _, *state = self.run(x[None], None, tuple(s[None] for s in hx) if paired else hx[None])
+        return tuple(s[0] for s in state) if paired else state[0][0]
 
     def run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any) -> tuple[Tensor, ...]:
         """(y, h_T[, c_T]), as the functions of torch._VF."""
@@ -1150,7 +1154,7 @@ class Compilable(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         own = ("_flat_weights", "_flat_weight_refs", "_frozen")
-        vars(self).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(module).items() if k not in own})
+        vars(self).update({name: value for name, value in vars(module).items() if name not in own})
         self.is_cell = isinstance(module, nn.RNNCellBase)
         kind = self.mode or ("LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else f"rnn_{self.nonlinearity}")
         self.cell = _LAYERS[kind.lower()]
@@ -1224,7 +1228,8 @@ class Compilable(nn.Module):
 def compilable(model: nn.Module) -> nn.Module:
     """A model whose recurrent layers are one node each under torch.compile(fullgraph=True); parameters are shared with the old one.
 
-    Layers below the top are replaced in place; use what is returned.
+    Layers below the top are replaced in place; use what is returned. Without this torch.compile ends a graph before each layer, runs it on our kernels
+    and begins another.
     """
     done: dict[nn.Module, nn.Module] = {}  # a module may have several names
     for parent in list(model.modules()):
