@@ -181,9 +181,14 @@ class Linear(_Map):
         named = {"weight_ih_l0": arrays["weight"], "weight_hh_l0": np.empty((self.out_features, 0), self.dtype)}
         return named | ({"bias_ih_l0": arrays["bias"]} if "bias" in arrays else {})
 
+    def _steps(self, rows: Array) -> Array:
+        """(T, B, width) as the kernels take it: in steps of many rows, so that a few steps' sums stay in cache."""
+        B = rows.shape[-2] if rows.ndim > 2 and rows.shape[-2] >= 16 else rows.size // rows.shape[-1]
+        return np.ascontiguousarray(rows).reshape(-1 if B else 1, B, rows.shape[-1])
+
     def _forward(self, x: Array) -> tuple[Array, Any]:
         self._check("x", x, (*x.shape[:-1], self.in_features))
-        rows = np.ascontiguousarray(x).reshape(1, -1, self.in_features)  # (1, N, I)
+        rows = self._steps(x)
         y, _, tape = functional.forward("rnn_identity", rows, None, self._as_cell(self._parameters), output_taps=0, tape=self.training)
         y.flags.writeable = True  # a linear cell's backward does not read y
         return y.reshape(*x.shape[:-1], self.out_features), (tape, x.shape)
@@ -192,7 +197,7 @@ class Linear(_Map):
         kept, shape = tape
         self._check("dy", dy, (*shape[:-1], self.out_features))
         _ = self.flat_gradient
-        rows = np.ascontiguousarray(dy).reshape(1, -1, self.out_features)
+        rows = self._steps(dy)
         dx, _, _ = functional.backward(kept, rows, None, self._as_cell(self._gradients))
         assert dx is not None
         result: Array = dx.reshape(shape)
