@@ -1,10 +1,11 @@
 """The drop-in against torch itself: one process, the same weights, the same number of threads, results compared before anything is timed.
 
-    python bench/torch_dropin.py [--threads 1] [--quick]
+    python bench/torch_dropin.py [--threads 1] [--quick] [--only TEXT]
 
-Latency of one step (T = 1, B = 1, H = 16), then training (forward and backward) of layers, padded and packed. One JSON line a measurement: torch's
-seconds, ours under install() and as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is faster),
-medians over interleaved blocks.
+Latency of one step (T = 1, B = 1, H = 16) against its budgets; then layers and cells over a grid of T, B and H, inference and training (forward and
+backward); packed training; halves; a model with torch's layers around ours. One JSON line a measurement: torch's seconds, ours under install() and
+as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is faster), medians over interleaved blocks. At
+the end, what falls short: a ratio below 1, or seconds above a budget.
 """
 
 from __future__ import annotations
@@ -46,77 +47,122 @@ def block(run: Run, module: nn.Module, seconds: float) -> float:
     return statistics.median(took)
 
 
-def compare(name: str, module: nn.Module, run: Run, rounds: int, seconds: float, tolerance: float = 1e-3) -> None:
-    """Prints one line: torch, ours under install, ours as a module, and frozen where no gradient is wanted."""
-    ours = fast.convert(copy.deepcopy(module))
-    for a, b in zip(tensors(run(module)), tensors(run(ours)), strict=True):
-        torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.detach().abs().max())))
-    sides: dict[str, list[float]] = {"torch": [], "installed": [], "module": []}
-    frozen = None if torch.is_grad_enabled() else fast.freeze(copy.deepcopy(module))
-    for _ in range(rounds):
-        sides["torch"].append(block(run, module, seconds))
-        with fast.installed():
-            sides["installed"].append(block(run, module, seconds))
-        sides["module"].append(block(run, ours, seconds))
-        if frozen is not None:
-            sides.setdefault("frozen", []).append(block(run, frozen, seconds))
-    seconds_of = {side: statistics.median(took) for side, took in sides.items()}
-    ratio = statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"]))
-    print(json.dumps({"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}), flush=True)
+class Table:
+    """Measures, prints a line a measurement, and remembers what falls short."""
+
+    def __init__(self, rounds: int, seconds: float, only: str) -> None:
+        self.rounds, self.seconds, self.only, self.short = rounds, seconds, only, list[str]()
+
+    def compare(self, name: str, module: nn.Module, run: Run, budget: dict[str, float] | None = None, least: float = 1.0, tolerance: float = 1e-3) -> None:
+        """torch, ours under install, ours as a module, and frozen where no gradient is wanted; budget: seconds that a side may take at most."""
+        if self.only not in name:
+            return
+        ours = fast.convert(copy.deepcopy(module))
+        for a, b in zip(tensors(run(module)), tensors(run(ours)), strict=True):
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.detach().abs().max())))
+        sides: dict[str, list[float]] = {"torch": [], "installed": [], "module": []}
+        frozen = None if torch.is_grad_enabled() else fast.freeze(copy.deepcopy(module))
+        for _ in range(self.rounds):
+            sides["torch"].append(block(run, module, self.seconds))
+            with fast.installed():
+                sides["installed"].append(block(run, module, self.seconds))
+            sides["module"].append(block(run, ours, self.seconds))
+            if frozen is not None:
+                sides.setdefault("frozen", []).append(block(run, frozen, self.seconds))
+        seconds_of = {side: statistics.median(took) for side, took in sides.items()}
+        ratio = statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"]))
+        print(json.dumps({"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}), flush=True)
+        if ratio < least:
+            self.short.append(f"{name}: {ratio:.2f} times torch's speed, less than {least:g}")
+        for side, most in (budget or {}).items():
+            if seconds_of[side] > most:
+                self.short.append(f"{name}, {side}: {seconds_of[side] * 1e6:.1f} us, more than {most * 1e6:.0f}")
 
 
-def training(x: Any) -> Run:
-    """Forward and backward; returns y, dx and every parameter's gradient."""
+def training(x: Any, hx: Any = None) -> Run:
+    """Forward and backward; returns y and every parameter's gradient."""
 
     def run(module: nn.Module) -> Any:
         module.zero_grad()
-        out = tensors(module(x))
+        out = tensors(module(x, hx))
         out[0].backward(torch.ones_like(out[0]))
         return [out[0].detach(), *(p.grad for p in module.parameters())]
 
     return run
 
 
+GRID = (
+    (1, 1, 128), (1, 1, 512), (1, 1, 1024), (1, 32, 64), (1, 32, 512), (10, 1, 64), (20, 8, 20), (20, 128, 512), (50, 32, 64), (100, 1, 128),
+    (100, 32, 256), (500, 32, 128), (100, 128, 512),
+)  # fmt: skip
+STEPS = ((1, 64), (1, 256), (1, 512), (8, 256), (32, 128), (32, 512))
+
+
+def latency(table: Table) -> None:
+    """One step at H = 16, the seconds of whose call are mostly overhead."""
+    x, h = torch.randn(1, 16), torch.randn(1, 16)
+    for kind in ("LSTM", "GRU", "RNN"):
+        hx: Any = (h, h) if kind == "LSTM" else h
+        layer_state: Any = (h[None], h[None]) if kind == "LSTM" else h[None]
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                mode = "grad" if grad else "no_grad"
+                most = {"installed": 18e-6 if grad else 9e-6}
+                table.compare(f"{kind}Cell T=1 B=1 H=16 {mode}", getattr(nn, kind + "Cell")(16, 16), lambda m, s=hx: m(x, s), most)
+                most = {} if grad else {"installed": 16e-6, "module": 15e-6}
+                table.compare(f"{kind} T=1 B=1 H=16 {mode}", getattr(nn, kind)(16, 16), lambda m, s=layer_state: m(x[None], s), most)
+
+
+def grid(table: Table, quick: bool) -> None:
+    """Layers without a state, cells with one."""
+    for kind in ("LSTM", "GRU", "RNN"):
+        for T, B, H in GRID[: -2 if quick else None]:
+            layer, x = getattr(nn, kind)(H, H), torch.randn(T, B, H)
+            table.compare(f"{kind} T={T} B={B} H={H} training", layer, training(x))
+            with torch.no_grad():
+                table.compare(f"{kind} T={T} B={B} H={H} inference", layer, lambda m, x=x: m(x))
+        for B, H in STEPS:
+            cell, x, h = getattr(nn, kind + "Cell")(H, H), torch.randn(B, H), torch.randn(B, H)
+            hx: Any = (h, h) if kind == "LSTM" else h
+            table.compare(f"{kind}Cell B={B} H={H} training", cell, training(x, hx))
+            with torch.no_grad():
+                table.compare(f"{kind}Cell B={B} H={H} inference", cell, lambda m, x=x, hx=hx: m(x, hx))
+
+
+def halves(table: Table) -> None:
+    """Under autocast, and in bfloat16 altogether."""
+    for kind in ("LSTM", "GRU"):
+        for T, B, H in ((1, 1, 512), (20, 8, 20), (50, 32, 64), (100, 32, 256)):
+            layer, x = getattr(nn, kind)(H, H), torch.randn(T, B, H)
+            run, low = training(x), training(x.bfloat16())
+
+            def under(m: nn.Module, run: Run = run) -> Any:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    return run(m)
+
+            table.compare(f"{kind} T={T} B={B} H={H} autocast training", layer, under, tolerance=0.05)
+            table.compare(f"{kind} T={T} B={B} H={H} bfloat16 training", copy.deepcopy(layer).bfloat16(), low, tolerance=0.05)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="the measurements whose names hold this text")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    rounds, seconds = (3, 0.05) if args.quick else (7, 0.3)
-    x, h = torch.randn(1, 16), torch.randn(1, 16)
-    state: dict[str, Any] = {"LSTM": (h, h), "GRU": h, "RNN": h}
-    for kind in ("LSTM", "GRU", "RNN"):
-        hx = state[kind]
-        layer_state = tuple(s[None] for s in hx) if kind == "LSTM" else hx[None]
-
-        def step(m: nn.Module, hx: Any = hx) -> Any:
-            return m(x, hx)
-
-        def call(m: nn.Module, hx: Any = layer_state) -> Any:
-            return m(x[None], hx)
-
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                mode = "grad" if grad else "no_grad"
-                compare(f"{kind}Cell T=1 B=1 H=16 {mode}", getattr(nn, kind + "Cell")(16, 16), step, rounds, seconds)
-                compare(f"{kind} T=1 B=1 H=16 {mode}", getattr(nn, kind)(16, 16), call, rounds, seconds)
-        for H in (128, 512):  # one step of a decoder
-            wide, states = torch.randn(1, 1, H), torch.zeros(1, 1, H)
-            given = (states, states) if kind == "LSTM" else states
-            with torch.no_grad():
-                compare(f"{kind} T=1 B=1 H={H} no_grad", getattr(nn, kind)(H, H), lambda m, x=wide, s=given: m(x, s), rounds, seconds)
-    shapes = ((50, 32, 64), (100, 32, 256)) if args.quick else ((20, 8, 20), (50, 32, 64), (100, 32, 256), (500, 32, 128), (100, 128, 512))
-    for kind in ("LSTM", "GRU", "RNN"):
-        for T, B, H in shapes:
-            layer = getattr(nn, kind)(H, H)
-            compare(f"{kind} T={T} B={B} H={H} training", layer, training(torch.randn(T, B, H)), rounds, seconds)
+    table = Table(*((3, 0.03) if args.quick else (7, 0.2)), args.only)
+    latency(table)
+    grid(table, args.quick)
     T, B, H = (100, 32, 64) if args.quick else (500, 32, 128)
     lengths = torch.linspace(T // 10, T, B).long().flip(0)
     packed = pack_padded_sequence(torch.randn(T, B, H), lengths)
     for kind in ("LSTM", "GRU"):
-        compare(f"{kind} T={T} B={B} H={H} packed training", getattr(nn, kind)(H, H), training(packed), min(rounds, 3), seconds)
+        table.compare(
+            f"{kind} T={T} B={B} H={H} packed training", getattr(nn, kind)(H, H), training(packed), least=10 if kind == "LSTM" and not args.quick else 1
+        )
+    halves(table)
     with torch.no_grad():
         model = nn.ModuleList([nn.Linear(128, 128), nn.LSTM(128, 128), nn.Linear(128, 1000)])
     z = torch.randn(50, 32, 128)
@@ -127,7 +173,8 @@ def main() -> None:
         y[..., 0].mean().backward()
         return [y.detach(), *(p.grad for p in m.parameters())]
 
-    compare("Linear, LSTM, Linear, softmax: T=50 B=32 H=128 training", model, mixed, rounds, seconds)
+    table.compare("Linear, LSTM, Linear, softmax: T=50 B=32 H=128 training", model, mixed)
+    print("\n".join(["short of what is wanted:", *(table.short or ["nothing"])]))
 
 
 if __name__ == "__main__":

@@ -188,6 +188,15 @@ def _is_torchs(cell: int, x: Tensor, batch_sizes: Any, weights: Sequence[Any], b
     return x.shape[:-1].numel() < 4 if half is torch.float16 else cell != _LSTM or x.dim() == 2
 
 
+def _is_one_big_row(x: Any, h: Any, numbers: int) -> bool:
+    """Whether a single row meets so many numbers of W_ih a gate: torch multiplies it by a matrix as that lies in memory, we would rewrite the matrix for
+    one use of it.
+    """
+    if not isinstance(x, Tensor) or not isinstance(h, Tensor) or x.dim() == 0 or h.dim() == 0:
+        return False
+    return x.shape[-1] * h.shape[-1] >= numbers and x.numel() == x.shape[-1]
+
+
 def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], half: torch.dtype, out: torch.dtype) -> _Result:
     """For halves: sums and states in float32, results rounded once at the end, to the dtype that torch gives. `run` is told whether its products may
     be in bfloat16."""
@@ -245,6 +254,8 @@ def _layers(
                 lambda x, h, c, w, low: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first, low),
                 x, h, c, weights, half, h.dtype if cell == _GRU else half,
             )  # fmt: skip
+    if cell != _LSTM and _is_one_big_row(x, h, 1 << 18):  # torch's LSTM takes longer
+        return None
     if dropout == 0 or not train or layers == 1:
         return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
     D = 2 if bidirectional else 1
@@ -273,9 +284,6 @@ def _layers(
     return (y.transpose(0, 1) if batch_first else y, *(torch.cat(parts) for parts in zip(*ends)))
 
 
-_BIG = 1 << 19  # numbers of W_ih: torch multiplies one row by a matrix as it lies in memory, we would rewrite more than a cache holds for one use of it
-
-
 def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool = False) -> _Result:
     """torch._VF.lstm_cell and its like: (h[, c]), or None as in `_stack`."""
     if not _is_plain():
@@ -286,9 +294,7 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         with torch.autocast("cpu", enabled=False):
             return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
-    if type(x) is not Tensor or x.dim() != 2:
-        return None
-    if x.shape[0] == 1 and isinstance(weights[0], Tensor) and weights[0].numel() >= _BIG:
+    if type(x) is not Tensor or x.dim() != 2 or _is_one_big_row(x, h, 1 << 16):
         return None
     return _stack(cell, x, None, h, c, weights, 1, False, False, low)
 
@@ -375,7 +381,7 @@ def _layer_function(name: str) -> Callable[..., Any]:
 
 @_eager
 def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-    if _is_pair(hx):
+    if isinstance(hx, (tuple, list)) and len(hx) == 2:
         out = _cell(_LSTM, input, hx[0], hx[1], (w_ih, w_hh, b_ih, b_hh))
         if out is not None:
             return out
