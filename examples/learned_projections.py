@@ -3,8 +3,7 @@
 The text is that of words_lm.py. The soft bag of words (CBOW) predicts a word from the mean of its neighbours' projections, skip-gram each neighbour
 from the word, both against words drawn at random (negative sampling), with no recurrent net. The proof that a projection knows something: in a list
 of word groups (numbers, exceptions, units of time, ...) that no training has seen, how often is a word's nearest neighbour among all the listed
-words one of its own group? The lists were not
-used to choose settings. Bar: over 60 %.
+words one of its own group? The lists were not used to choose settings. Bar: over 60 %.
 
 Measured (one seed): soft bag of words 82 %, skip-gram 84 %, random projections 10 %.
 
