@@ -258,7 +258,7 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   if (j.B >= 4 * threads) return {threads, threads};
   if (step >= 2e5 && by_units) return {threads, 1};
   if (j.B >= 2 * threads) return {threads, threads};
-  if (j.B >= threads && step < 7e4) return {threads, threads};  // rows, which never wait, though a row alone is slower than its share
+  if (j.B >= threads && step < 7e4) return {threads, threads};   // rows, which never wait, though a row alone is slower than its share
   if (step >= 7.5e3 * threads && by_units) return {threads, 1};  // less would wait longer at each step than it computes
   return {1, 1};
 }

@@ -192,8 +192,12 @@ def others(**threads):
 
 both = rnnfast.LSTM(64, 64, num_layers=2, bidirectional=True, seed=0)
 starts = np.arange(40 * 32).reshape(40, 32) % 7 == 0
-(many, bits), (one, same), (two, again) = others(), others(threads=1), others(threads=2)
-assert one < 0.1 * min(many, two) and bits == same == again, (many, one, two)
+_, bits = others()
+for threads in (dict(), dict(threads=2)):  # on a busy machine a call may find itself alone
+    assert any(used > 0.002 and found == bits for used, found in (others(**threads) for _ in range(100))), threads
+time.sleep(0.3)  # the team goes to sleep
+used, found = others(threads=1)
+assert used < 0.002 and found == bits, used
 try:
     others(threads=0)
 except ValueError as error:
