@@ -134,6 +134,19 @@ def test_gradients_overwrite(name: str, dtype: str, target: str) -> None:
     assert_same(functional.backward(tape, a.dy, a.dstate)[2], zeros)
 
 
+@pytest.mark.parametrize("name", ["everything", "in parts"])
+def test_a_refused_backward_overwrites_nothing(name: str) -> None:
+    a = arrays(OVERWRITTEN[name], "float32")
+    _, _, tape, *_ = functional.forward(OVERWRITTEN[name].cell, a.x, a.state, a.params, **a.options)
+    ones = {name: np.ones_like(value) for name, value in a.params.items()}
+    with pytest.raises(ValueError, match="dy must have shape"):
+        functional.backward(tape, a.dy[..., :-1], a.dstate, ones, accumulate=False)
+    lacking = {name: value for name, value in ones.items() if not name.startswith("weight_hh")}
+    with pytest.raises(KeyError, match="gradients lacks 'weight_hh"):
+        functional.backward(tape, a.dy, a.dstate, lacking, accumulate=False)
+    assert all((value == 1).all() for value in ones.values())
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_overwrite_though_the_last_steps_have_no_row(reverse: bool, target: str) -> None:
     """The first chunk of time that backward comes to has no token."""

@@ -396,10 +396,7 @@ def backward(
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
     if tape.parts:
-        if not accumulate:
-            for name in tape.params:
-                gradients[name].fill(0)
-        return _backward_in_parts(tape, dy, dstate, gradients, need_dx, threads)
+        return _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
     runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
     first = runs[0][0]
     B, lead, in_0 = tape.layout.B, first.x.shape[:-1], first.x.shape[-1]
@@ -520,12 +517,13 @@ def _forward_in_parts(
 
 
 def _backward_in_parts(
-    tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], need_dx: bool, threads: int | None
+    tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], accumulate: bool, need_dx: bool, threads: int | None
 ) -> tuple[Array | None, State, dict[str, Array]]:
     dy = _array(dy, "dy", tape.cell.split("_")[0])
     dxs: list[Array] = []
     for t0, t1, part, rows in reversed(tape.parts):
-        dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, need_dx=need_dx, threads=threads)
+        dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, accumulate=accumulate, need_dx=need_dx, threads=threads)
+        accumulate = True  # the parts before add to what the last has written
         if dx is not None:
             dxs.insert(0, dx)
         for name, d in zip(("h_0", "c_0"), dstate if tape.paired else (dstate,)):
