@@ -1,11 +1,12 @@
 """The drop-in against torch itself: one process, the same weights, the same number of threads, results compared before anything is timed.
 
-    python bench/torch_dropin.py [--threads 1] [--quick] [--only TEXT]
+    python bench/torch_dropin.py [--threads 1] [--quick] [--only TEXT] [--out FILE [--seconds N]]
 
 Latency of one step (T = 1, B = 1, H = 16) against its budgets; then layers and cells over a grid of T, B and H, inference and training (forward and
 backward); packed training; halves; a model with torch's layers around ours. One JSON line a measurement: torch's seconds, ours under install() and
 as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is faster), medians over interleaved blocks. At
-the end, what falls short: a ratio below 1, or seconds above a budget.
+the end, what falls short: a ratio below 1, or seconds above a budget. With --out the lines go to a file too, and what it has already is not measured
+again, so that --seconds splits the whole into runs of that length.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import rnnfast.torch as fast
@@ -36,27 +38,42 @@ def tensors(out: Any) -> list[torch.Tensor]:
 
 
 def block(run: Run, module: nn.Module, seconds: float) -> float:
-    """Seconds a call, the median of as many as fit."""
-    run(module)
+    """Seconds a call, the median of as many as fit, without the first, unless one is all that fits."""
     took: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(took) < 3:
+    while time.perf_counter() < end or len(took) == 0:
         start = time.perf_counter()
         run(module)
         took.append(time.perf_counter() - start)
-    return statistics.median(took)
+    return statistics.median(took[1:] or took)
 
 
 class Table:
     """Measures, prints a line a measurement, and remembers what falls short."""
 
-    def __init__(self, rounds: int, seconds: float, only: str) -> None:
-        self.rounds, self.seconds, self.only, self.short = rounds, seconds, only, list[str]()
+    def __init__(self, rounds: int, seconds: float, only: str, out: Path | None, most: float) -> None:
+        self.rounds, self.seconds, self.only, self.out, self.end = rounds, seconds, only, out, time.perf_counter() + most
+        self.short, self.left = list[str](), 0
+        lines = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
+        self.done: dict[str, dict[str, Any]] = {line["name"]: line for line in lines if line["threads"] == torch.get_num_threads()}
 
     def compare(self, name: str, module: nn.Module, run: Run, budget: dict[str, float] | None = None, least: float = 1.0, tolerance: float = 1e-3) -> None:
         """torch, ours under install, ours as a module, and frozen where no gradient is wanted; budget: seconds that a side may take at most."""
         if self.only not in name:
             return
+        line = self.done.get(name)
+        if line is None:
+            if time.perf_counter() > self.end:
+                self.left += 1
+                return
+            line = self.measure(name, module, run, tolerance)
+        if line["ratio"] < least:
+            self.short.append(f"{name}: {line['ratio']:.2f} times torch's speed, less than {least:g}")
+        for side, most in (budget or {}).items():
+            if line[side] > most:
+                self.short.append(f"{name}, {side}: {line[side] * 1e6:.1f} us, more than {most * 1e6:.0f}")
+
+    def measure(self, name: str, module: nn.Module, run: Run, tolerance: float) -> dict[str, Any]:
         ours = fast.convert(copy.deepcopy(module))
         for a, b in zip(tensors(run(module)), tensors(run(ours)), strict=True):
             torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance * max(1.0, float(a.detach().abs().max())))
@@ -71,12 +88,12 @@ class Table:
                 sides.setdefault("frozen", []).append(block(run, frozen, self.seconds))
         seconds_of = {side: statistics.median(took) for side, took in sides.items()}
         ratio = statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"]))
-        print(json.dumps({"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}), flush=True)
-        if ratio < least:
-            self.short.append(f"{name}: {ratio:.2f} times torch's speed, less than {least:g}")
-        for side, most in (budget or {}).items():
-            if seconds_of[side] > most:
-                self.short.append(f"{name}, {side}: {seconds_of[side] * 1e6:.1f} us, more than {most * 1e6:.0f}")
+        line = {"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}
+        print(json.dumps(line), flush=True)
+        if self.out is not None:
+            with self.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        return line
 
 
 def training(x: Any, hx: Any = None) -> Run:
@@ -149,10 +166,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="", help="the measurements whose names hold this text")
+    parser.add_argument("--out", type=Path, help="a file of measurements to read and to add to")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no measurement after so many; the next run with the same --out goes on")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    table = Table(*((3, 0.03) if args.quick else (7, 0.2)), args.only)
+    table = Table(*((3, 0.03) if args.quick else (5, 0.1)), args.only, args.out, args.seconds)
     latency(table)
     grid(table, args.quick)
     T, B, H = (100, 32, 64) if args.quick else (500, 32, 128)
@@ -174,7 +193,7 @@ def main() -> None:
         return [y.detach(), *(p.grad for p in m.parameters())]
 
     table.compare("Linear, LSTM, Linear, softmax: T=50 B=32 H=128 training", model, mixed)
-    print("\n".join(["short of what is wanted:", *(table.short or ["nothing"])]))
+    print("\n".join(["short of what is wanted:", *(table.short or ["nothing"]), *([f"{table.left} not measured yet"] if table.left else [])]))
 
 
 if __name__ == "__main__":
