@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rnnfast.cli import main
 from rnnfast.data import InputError
-from rnnfast.forecast import Settings, forecast_series, read_csv, season_of
+from rnnfast.forecast import Settings, _windows, forecast_series, read_csv, season_of
 
 
 def table(path, n=240):
@@ -30,13 +30,40 @@ def test_season_is_found():
     assert season_of(rng.standard_normal(500).cumsum()) == 1
 
 
-def test_forecast_beats_naive_and_reads_nothing_later(tmp_path):
+def test_forecast_beats_naive(tmp_path):
     columns, _ = read_csv(table(tmp_path / "a.csv"), "sold")
     assert list(columns) == ["sold", "other"]
     report = forecast_series(columns, "sold", 6, settings=Settings(epochs=15, hidden_size=16, seed=0))
     assert report.season == 12
     assert report.errors["net"] < report.errors["naive"] and report.errors["net"] < report.errors["seasonal-naive"]
     assert (report.low <= report.high).all() and report.forecast.shape == (6,)
+
+
+@pytest.mark.parametrize("base", ["last", "season"])
+def test_no_window_and_no_baseline_reads_beyond_its_origin(base):
+    rng = np.random.default_rng(0)
+    target, others = rng.standard_normal(60), rng.standard_normal((60, 2))
+    for origin in (30, 45, 52):
+        known = np.where(np.arange(60) <= origin, 1, np.nan)
+        x, _, bases = _windows(others, target, 12, 7, 5, base, np.array([origin]))
+        x_known, _, bases_known = _windows(others * known[:, None], target * known, 12, 7, 5, base, np.array([origin]))
+        np.testing.assert_array_equal(x, x_known)
+        np.testing.assert_array_equal(bases, bases_known)
+
+
+def test_the_last_part_does_not_move_what_is_learnt():
+    """Every forecast of the back-test comes from a net, a season and a baseline that the last part cannot change: the first origin's is the same."""
+    t = np.arange(150.0)
+    first = np.sin(t / 3) + 0.01 * t
+    second = np.where(t < 120, first, 100 - first)
+    settings = Settings(epochs=2, hidden_size=4, seed=0)
+    kept = [forecast_series({"y": values}, "y", 30, settings=settings) for values in (first, second)]
+    errors = [report.errors["net"] for report in kept]  # 30 steps of horizon in a last part of 30: one origin
+    assert kept[0].origins == kept[1].origins == 1 and kept[0].season == kept[1].season
+    point = kept[0].low - kept[0].forecast  # truth - guess of that origin: low = point + it
+    other = kept[1].low - kept[1].forecast
+    np.testing.assert_allclose(first[120:] - point, second[120:] - other, atol=1e-9)
+    assert errors[0] != errors[1]
 
 
 def test_command_writes_forecast_and_plot(tmp_path, capsys):
