@@ -6,8 +6,8 @@ true past it is trained one step ahead; fed with its own outputs from a forecast
 origin goes in. The year is stitched from twelve months, so windows do not cross a month's end. Test: the last quarter (October to December), read
 once; March, June and September decide when training stops. Blocked cross-validation beside it: every fourth month left out, in turn. Also the
 slides' training by a genetic algorithm and annealing, on a small net, and feedback of past errors. Bar: root mean square errors below those of
-persistence (the value at the origin) and seasonal-naive (the same hour of the last known day), for both targets, 1 and 24 steps ahead: largest
-ratio < 1.
+persistence (the value at the origin) and seasonal-naive (the same hour of the last known day), for both targets, 1 and 24 steps ahead (where both
+are the same number): largest ratio < 1.
 
     python examples/narx_solar.py
 """
@@ -133,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> float:
     """Prints the errors and returns the median of the largest ratio to a naive forecast."""
     args = arguments("narx_solar", __doc__, given)
     x, d, month = table()
-    steps, hidden = (120, 16) if args.quick else (800, 16)
+    steps, hidden = (320, 16) if args.quick else (800, 16)
     known, held = windows(x, d, month, (1, 2, 4, 5, 7, 8), 3), windows(x, d, month, (3, 6, 9), 6)
     test = windows(x, d, month, (10, 11, 12), 1)
     ratios = []

@@ -1,5 +1,6 @@
 """What every example shares: its arguments, the line that holds a number against its bar, and an empty picture.
 
+time     processor time of all cores, of the processes that an example starts, too
 seeds    an example trains once a seed (3 of them where that fits five minutes of two cores, one with --quick); the bar applies to the median, the
          worst is printed beside it
 kept     the long ones put every seed's result into a JSON file (--keep FILE) as soon as it is there; run again with it, they go on from there
@@ -13,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,9 @@ class Kept:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._done: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         """work()'s result: numbers, strings, lists and dicts of them. The file takes its place at once, whole."""
@@ -62,12 +65,12 @@ def arguments(name: str, doc: str | None, given: Sequence[str] | None, seeds: in
 
 
 def verdict(what: str, values: Sequence[float], bar: float, *, low: bool = True, form: str = ".4g") -> float:
-    """Prints median and worst of the seeds against the bar (low: smaller is better), and the time so far on all cores; returns the median."""
+    """Prints median and worst of the seeds against the bar (low: smaller is better), the time so far on all cores; returns the median."""
     median = statistics.median(values)
     worst = max(values) if low else min(values)
     met = median <= bar if low else median >= bar
     seeds = f"median {median:{form}}, worst {worst:{form}} of {len(values)} seeds" if len(values) > 1 else f"{median:{form}}"
-    print(f"{what}: {seeds}; bar {'<=' if low else '>='} {bar:{form}}: {'met' if met else 'NOT met'} ({time.process_time():.0f} s of processor time)")
+    print(f"{what}: {seeds}; bar {'<=' if low else '>='} {bar:{form}}: {'met' if met else 'NOT met'} ({sum(os.times()[:4]):.0f} s of processor time)")
     return median
 
 

@@ -99,7 +99,7 @@ def train(model: Any, x: np.ndarray, d: np.ndarray, ends: tuple[int, int], steps
 def main(given: Sequence[str] | None = None) -> float:
     """Prints the errors and returns the LSTM's median ratio for volatility."""
     args = arguments("tdnn_stocks", __doc__, given)
-    steps, hidden = (60, 8) if args.quick else (600, 16)
+    steps, hidden = (120, 8) if args.quick else (600, 16)
     x, d = table()
     ends = int(0.7 * len(x)), int(0.8 * len(x))
     test = slice(ends[1], len(x))
