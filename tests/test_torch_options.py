@@ -56,16 +56,17 @@ def test_a_frozen_module_computes_the_same_bits_from_a_snapshot(name: str) -> No
 
 
 @pytest.mark.parametrize("name", SIX)
-def test_short_frozen_calls_equal_the_others(name: str) -> None:
+@pytest.mark.parametrize("H", [5, 300])  # what order the weights lie in hardly counts for few of them
+def test_short_frozen_calls_equal_the_others(name: str, H: int) -> None:
     """Decoding: one step with a state, again and again, from one of two batches; and what such calls must refuse is refused as ever."""
-    layer = SIX[name](3, 5) if name.endswith("Cell") else SIX[name](3, 5, 2, batch_first=True)
+    layer = SIX[name](3, H) if name.endswith("Cell") else SIX[name](3, H, 2, batch_first=True)
     frozen = fast.freeze(copy.deepcopy(layer))
     calls = []
     for x in (torch.randn(2, 3), torch.randn(4, 3), torch.randn(2, 3)) * 3:
         given = x if name.endswith("Cell") else x[:, None]
-        state: Any = [torch.randn(*(() if name.endswith("Cell") else (2,)), len(x), 5) for _ in range(2)]
+        state: Any = [torch.randn(*(() if name.endswith("Cell") else (2,)), len(x), H) for _ in range(2)]
         state = tuple(state) if name.startswith("LSTM") else state[0]
-        calls += [(given, state)] * 3
+        calls += [(given, state)] * 3 + [(given, None)]
     assert layer(*calls[0]) is not None
     with torch.no_grad():
         for given, state in calls:
@@ -75,8 +76,24 @@ def test_short_frozen_calls_equal_the_others(name: str) -> None:
     for bad, says in ((given[..., :2], r"input|\(.\*H, I\)"), (given.double(), "dtype"), (torch.zeros(0, *given.shape), "dim|D")):
         with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=says):
             frozen(bad, state)
-    with pytest.raises(RuntimeError, match="is frozen"):
-        frozen(given.requires_grad_(), state)
+    assert frozen._frozen.is_small == (H == 5) and (frozen._frozen.quick[1] is None) == (H == 5)
+
+
+@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("H", [5, 300])
+def test_a_frozen_modules_weights_are_constants_of_the_graph(name: str, H: int) -> None:
+    layer = SIX[name](3, H)
+    frozen = fast.freeze(copy.deepcopy(layer))
+    x = sample(name)
+    assert not any(t.requires_grad for t in flat(frozen(x)))
+    found = []
+    for m in (layer, frozen):
+        v = x.clone().requires_grad_()
+        out = flat(m(v))
+        found.append([*out, *torch.autograd.grad(sum(t.sum() for t in out), v)])  # type: ignore[arg-type]
+    close(*found, 1e-6)
+    assert all(p.grad is None for p in frozen.parameters())
+    close(*(torch.func.grad(lambda v, m=m: flat(m(v))[0].sum())(x) for m in (layer.requires_grad_(False), frozen)), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
@@ -125,9 +142,6 @@ def test_a_frozen_layer_takes_what_a_layer_takes() -> None:
             assert fast.freeze(nn.GRU(3, 5))(torch.zeros(4, 2, 3, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
         with pytest.raises(RuntimeError, match="Expected 3, got 4"):
             frozen(torch.zeros(4, 6, 4, dtype=F64))
-    assert not frozen(x)[0].requires_grad  # the weights are constants
-    with pytest.raises(RuntimeError, match="LSTM is frozen: it has no gradient"):
-        frozen(x.requires_grad_())
     with pytest.raises(ValueError, match="must be of a float dtype on the CPU"):
         fast.freeze(nn.GRU(3, 5, device="meta"))
 
@@ -197,11 +211,39 @@ def test_own_layers_pass_gradcheck(kind: str) -> None:
 
     for run in (padded, ragged):
         assert torch.autograd.gradcheck(run, (x, *m.parameters()), nondet_tol=0.0, fast_mode=True)
+        assert torch.autograd.gradgradcheck(run, (x, *m.parameters()), nondet_tol=0.0, fast_mode=True)
     m.zero_grad()
     flat(m(x))[0].sum().backward()
     assert all(p.grad is not None for p in m.parameters())
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(m(x)[0].sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("kind", OWN)
+def test_own_layers_by_torchs_operations_are_the_same(kind: str) -> None:
+    """Where tensors are not plain memory: here they are, of a batch of one that vmap makes; and the gradients, which are made again for create_graph."""
+    torch.manual_seed(0)
+    m = filled(OWN[kind](num_layers=2, bidirectional=True, dropout=0.5, batch_first=True, dtype=F64))
+    x, reset = torch.randn(4, 6, 3, dtype=F64), torch.rand(4, 6) < 0.3
+    state: Any = [torch.randn(4, 4, 2 if "projected" in kind else 5, dtype=F64), torch.randn(4, 4, 5, dtype=F64)]
+    state = tuple(state) if isinstance(m, nn.LSTM) else state[0]
+    packed = pack_padded_sequence(x, torch.tensor([6, 4, 3, 3]), batch_first=True)
+    cells: dict[str, Any] = {"cells": True} if isinstance(m, nn.LSTM) else {}
+    runs: list[tuple[Callable[[Tensor], Any], Tensor]] = [
+        (m, x), (lambda v: m(v, state), x), (lambda v: m(v, state, reset=reset), x), (lambda v: m(v[1], reset=reset[1], **cells), x),
+        (lambda v: m(packed._replace(data=v), **cells), packed.data), (lambda v: m(packed._replace(data=v), state, reset=reset, **cells), packed.data),
+    ]  # fmt: skip
+    for run, given in runs:
+        m.train()
+        found = []
+        for again in (False, True):
+            torch.manual_seed(3)
+            v = given.clone().requires_grad_()
+            out = flat(run(v))[: 3 if isinstance(m, nn.LSTM) else 2]
+            total: Any = sum((t * torch.arange(t.numel(), dtype=F64).reshape(t.shape).sin()).sum() for t in out)
+            found.append(torch.autograd.grad(total, (v, *m.parameters()), create_graph=again, allow_unused=True, materialize_grads=True))
+        close(*found)
+        m.eval()
+        close([t[0] for t in flat(torch.func.vmap(lambda v, run=run: tuple(flat(run(v))))(given[None]))], run(given))
 
 
 CELLS_OF: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
@@ -409,10 +451,8 @@ def test_what_own_layers_cannot_do_is_said() -> None:
         fast.to_torch(nn.Sequential(m))
     with pytest.raises(ValueError, match=r"compilable: torch has no LSTM\(3, 5, peephole=True\)"):
         fast.compilable(nn.Sequential(m))
-    with pytest.raises(RuntimeError, match="plain tensors on the CPU"):
-        fast.LSTM(3, 5, peephole=True, device="meta")(torch.zeros(4, 2, 3, device="meta"))
-    with pytest.raises(RuntimeError, match="neither traced nor transformed"):
-        torch.func.vmap(lambda x: m(x)[0])(torch.zeros(6, 4, 2, 3))
+    with pytest.raises(RuntimeError, match="device"):
+        fast.LSTM(3, 5, peephole=True, device="meta")(torch.zeros(4, 2, 3))
     with pytest.raises(RuntimeError, match="larger than 0"):
         m(torch.zeros(0, 2, 3))
     with pytest.raises(ValueError, match=r"reset must be bool of shape \(T, B\) = \(4, 2\)"):

@@ -5,7 +5,8 @@ functions  `install` puts ours in torch._VF, which every torch.nn module calls: 
 halves     under autocast, and of modules in bfloat16 or float16, sums and states are float32; bfloat16's products are in it where the CPU has them.
 decline    what the kernels do not take (other devices, dtypes and layouts, functorch, tracing, forward AD) goes to torch's own function,
            which computes it or complains; so every error text is torch's.
-extras     what torch's layers lack (peepholes, resets, learned states, a frozen snapshot) runs on rnnfast.functional.
+extras     what torch's layers lack (peepholes, resets, learned states, a frozen snapshot) runs on rnnfast.functional, and where that declines, on
+           torch's operations.
 
 Dims    T time, B batch, I input, H hidden, R output width, L layers, D directions. No weights are kept from call to call, save by `freeze`.
 """
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -52,6 +54,7 @@ _function_modes = torch._C._len_torch_function_stack
 _trace = torch._C._get_tracing_state
 _autocast = torch._C._is_any_autocast_enabled
 _compiles = torch.compiler.is_dynamo_compiling
+_grads, _threads = torch.is_grad_enabled, torch.get_num_threads
 
 
 def _is_plain() -> bool:
@@ -79,25 +82,26 @@ def _eager(function: _Function) -> _Function:
 
 
 class _Call:
-    """What a backward must know of its forward beside tensors, and on the way into the graph the results."""
+    """What a backward must know of its forward beside tensors."""
 
-    __slots__ = ("batch_first", "batch_sizes", "cell", "directions", "layers", "low", "results", "single")
+    __slots__ = ("batch_first", "batch_sizes", "cell", "directions", "layers", "low", "single")
 
     def __init__(
         self, cell: int, layers: int, directions: int, batch_first: bool, low: bool, batch_sizes: Tensor | None, single: bool
     ) -> None:  # low: products in bfloat16
         self.cell, self.layers, self.directions, self.batch_first, self.low = cell, layers, directions, batch_first, low
         self.batch_sizes, self.single = batch_sizes, single
-        self.results: tuple[Any, ...] = ()
+
+
+_STEPS = [_Call(cell, 1, 1, False, False, None, True) for cell in range(len(CELLS))]  # of one layer, in the weights' own precision
 
 
 class _Node(torch.autograd.Function):
     """Puts results that the kernels have computed already into the graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
-        y, h_T, c_T, tape = call.results
-        call.results = ()
+    def forward(ctx: Any, call: _Call, results: tuple[Any, ...], x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
+        y, h_T, c_T, tape = results
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, c, tape, *weights)
@@ -109,9 +113,9 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         call: _Call = ctx.call
         x, h, c, tape, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         if all(g is None for g in gradients):
-            return (None,) * (1 + len(needs))
+            return (None,) * (2 + len(needs))
         if not torch.is_grad_enabled() and _is_plain():
             dy, dh_T, dc_T = (gradients[0], None, gradients[-1]) if call.single else (*gradients, None)[:3]
             if call.cell != _LSTM:
@@ -124,8 +128,8 @@ class _Node(torch.autograd.Function):
                     weights, tape, dy, dh_T, dc_T, needs,
                 )  # fmt: skip
                 if result is not None:
-                    return (None, *result)
-        return (None, *_differentiable_backward(call, x, h, c, weights, gradients, needs))
+                    return (None, None, *result)
+        return (None, None, *_differentiable_backward(call, x, h, c, weights, gradients, needs))
 
 
 _into_graph: Callable[..., Any] = super(torch.autograd.Function, _Node).apply  # without the look for transforms, which `_is_plain` has taken
@@ -192,7 +196,7 @@ def _is_one_big_row(x: Any, h: Any, numbers: int) -> bool:
     """Whether a single row meets so many numbers of W_ih a gate: torch multiplies it by a matrix as that lies in memory, we would rewrite the matrix for
     one use of it.
     """
-    if not isinstance(x, Tensor) or not isinstance(h, Tensor) or x.dim() == 0 or h.dim() == 0:
+    if not isinstance(x, Tensor) or not isinstance(h, Tensor) or x.dim() == 0 or h.dim() == 0 or x.numel() * h.numel() < numbers:
         return False
     return x.shape[-1] * h.shape[-1] >= numbers and x.numel() == x.shape[-1]
 
@@ -211,7 +215,7 @@ def _stack(
 ) -> _Result:  # fmt: skip
     """(y, h_T[, c_T]), for one step (h[, c]), or None where torch itself must compute or complain. low: products in bfloat16."""
     D = 2 if bidirectional else 1
-    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    grad, threads = _grads(), _threads()
     out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
     if out is None:
         if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided:
@@ -229,9 +233,7 @@ def _stack(
             return None
     y, h_T, c_T, tape = out
     if tape is not None:
-        call = _Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None)
-        call.results = out
-        result = _into_graph(call, x, h, c, *weights)
+        result = _into_graph(_Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None), out, x, h, c, *weights)
         return result if type(result) is tuple else (result,)
     if h_T is None:
         return (y,) if c_T is None else (y, c_T)
@@ -294,8 +296,17 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         with torch.autocast("cpu", enabled=False):
             return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
-    if type(x) is not Tensor or x.dim() != 2 or _is_one_big_row(x, h, 1 << 16):
+    if type(x) is not Tensor or x.dim() != 2 or not isinstance(h, Tensor):
         return None
+    if x.numel() * h.numel() >= 1 << 16 and _is_one_big_row(x, h, 1 << 16):
+        return None
+    if not low:
+        out = _core.stack_forward(cell, 1, 1, False, False, _threads(), _grads(), x, None, h, c, weights)
+        if out is not None:
+            if out[3] is None:
+                return (out[0],) if c is None else (out[0], out[2])
+            result = _into_graph(_STEPS[cell], out, x, h, c, *weights)
+            return result if c is not None else (result,)
     return _stack(cell, x, None, h, c, weights, 1, False, False, low)
 
 
@@ -465,22 +476,102 @@ def installed(aten: bool = False) -> Iterator[None]:
 # ---- what torch's layers lack, over rnnfast.functional -------------------------------------------------------------------------------------
 
 
+def _next_state(cell: str, x: Tensor, h: Tensor, c: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """h_t and c_t, where x (B, G*H) is W_ih x + b_ih already; c is an LSTM's."""
+    b_hh = w.get("bias_hh")
+    if cell == "gru_reset_before":
+        H = h.shape[1]
+        b, b_n = (None, None) if b_hh is None else (b_hh[: 2 * H], b_hh[2 * H :])
+        r, z = torch.sigmoid(x[:, : 2 * H] + linear(h, w["weight_hh"][: 2 * H], b)).chunk(2, 1)
+        n = torch.tanh(x[:, 2 * H :] + linear(r * h, w["weight_hh"][2 * H :], b_n))
+        return (1 - z) * n + z * h, c
+    u = linear(h, w["weight_hh"], b_hh)
+    if cell == "gru":
+        (x_r, x_z, x_n), (u_r, u_z, u_n) = x.chunk(3, 1), u.chunk(3, 1)
+        z = torch.sigmoid(x_z + u_z)
+        return (1 - z) * torch.tanh(x_n + torch.sigmoid(x_r + u_r) * u_n) + z * h, c
+    if cell.startswith("rnn"):
+        return (torch.tanh if cell == "rnn_tanh" else torch.relu)(x + u), c
+    i, f, g, o = (x + u).chunk(4, 1)
+    p = w.get("weight_peep")
+    if p is not None:
+        i, f = i + p[0] * c, f + p[1] * c
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    h = torch.sigmoid(o if p is None else o + p[2] * c) * torch.tanh(c)
+    return h if "weight_hr" not in w else linear(h, w["weight_hr"]), c
+
+
+def _by_operations(
+    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, w: dict[str, Tensor], layers: int, directions: int, batch_sizes: Tensor | None,
+    lengths: Tensor | None, reset: Tensor | None, masks: Sequence[Tensor], dropout: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """y, h_T, c_T (of LSTMs) and every step's c, as rnnfast.functional has them, from torch's operations, for second derivatives and for what is not
+    plain memory. x, y, masks and c are (T, B, ...), with batch_sizes packed.
+    """
+    if batch_sizes is not None:
+        (x, lengths), *more = (torch._VF._pad_packed_sequence(t, batch_sizes, False, 0.0, len(batch_sizes)) for t in (x, *masks))
+        y, h_T, c_T, every_c = _by_operations(cell, x, h, c, w, layers, directions, None, lengths, reset, [mask for mask, _ in more], dropout)
+        y, every_c = (torch._VF._pack_padded_sequence(t, lengths, False)[0] for t in (y, every_c))
+        return y, h_T, c_T, every_c
+    (T, B), K = x.shape[:2], layers * directions
+    alive = None if lengths is None else (torch.arange(T)[:, None] < lengths)[..., None].to(x.device)  # (T, B, 1)
+    cut = None if reset is None else reset[..., None] if alive is None else reset[..., None] & alive
+    widths = w["weight_hh_l0"].shape[1], w["weight_peep_l0" if "weight_peep_l0" in w else "weight_hr_l0" if "weight_hr_l0" in w else "weight_hh_l0"].shape[1]
+    fresh_h, fresh_c = (w[name] if name in w else x.new_zeros(K, 1, n) for name, n in zip(("h_0", "c_0"), widths))
+    h, c = (fresh.expand(K, B, -1) if s is None else s for s, fresh in ((h, fresh_h), (c, fresh_c)))
+    y, every_c, ends = x, x, []
+    for layer in range(layers):
+        if layer > 0:
+            y = y * masks[layer - 1] if masks else torch.dropout(y, dropout, True)
+        sides = []
+        for d in range(directions):
+            k, suffix = layer * directions + d, f"_l{layer}" + "_reverse" * d
+            own = {name.removesuffix(suffix): t for name, t in w.items() if name.endswith(suffix)}
+            given, h_t, c_t = linear(y, own["weight_ih"], own.get("bias_ih")), h[k], c[k]
+            steps = []
+            for t in range(T)[:: 1 - 2 * d]:
+                if cut is not None and t + d < T:
+                    h_t, c_t = torch.where(cut[t + d], fresh_h[k], h_t), torch.where(cut[t + d], fresh_c[k], c_t)
+                h_new, c_new = _next_state(cell, given[t], h_t, c_t, own)
+                if alive is None:
+                    h_t, c_t = h_new, c_new
+                    steps.append((h_t, c_t))
+                else:
+                    h_t, c_t = torch.where(alive[t], h_new, h_t), torch.where(alive[t], c_new, c_t)
+                    steps.append((h_t * alive[t], c_t * alive[t]))
+            ends.append((h_t, c_t))
+            sides.append([torch.stack(part) for part in zip(*steps[:: 1 - 2 * d])])
+        y, every_c = (torch.cat(part, -1) for part in zip(*sides))
+    h_T, c_T = (torch.stack(part) for part in zip(*ends))
+    return y, h_T, c_T, every_c
+
+
 class _Frozen:
     """A copy of a module's weights, and of them in the kernels' order; copies and pickles of it are None."""
 
     def __init__(self, module: Any) -> None:
         self.arrays: dict[str, Any] = {}
         self.snapshot: dict[str, _core.Packs] = {}
+        copies: dict[str, Tensor] = {}
         for name, weight in _Standin(module).weights():
             if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64, *_HALVES):
                 raise ValueError(f"freeze: {name} must be of a float dtype on the CPU, got {weight.dtype} on {weight.device}")
             self.dtype, wide = weight.dtype, torch.float32 if weight.dtype in _HALVES else weight.dtype
-            self.arrays[name] = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True).numpy()
+            one = weight.detach().to(wide, memory_format=torch.contiguous_format, copy=True)
+            self.arrays[name] = one.numpy()
+            copies[name.removesuffix("_l0") if isinstance(module, nn.RNNCellBase) else name] = one.to(self.dtype)
         self.quick: tuple[int, _core.Stream | None] = 0, None  # B of the latest short call, and what runs calls of so many rows
         ends = [name.removeprefix("weight_ih") for name in self.arrays if name.startswith("weight_ih")]
         self.layers = None if any(end.endswith("_reverse") for end in ends) else [functional._weights(self.arrays, end, "freeze") for end in ends]
         self.cell: str = module._cell_name
         self.size = sum(array.size for array in self.arrays.values())
+        self.twin = _twin(module, copies)
+        self.is_plain = not module._is_own and self.dtype not in _HALVES
+        self.is_small = self.is_plain and self.size < 1 << 15
+
+    def is_for_twin(self, x: Any) -> bool:
+        """Whether a call that is not short takes longer by rnnfast.functional than it takes to bring the weights in order once."""
+        return self.is_plain and (self.size < 1 << 19 or not isinstance(x, Tensor) or x.numel() > 32 * self.twin.input_size)
 
     def short(self, x: Tensor, states: tuple[Tensor, ...], single: bool) -> tuple[Tensor, ...] | None:
         """(y, h_T[, c_T]) of a call whose overhead would be most of it, over x (T, B, I) or `single` steps (B, I); or None: the general way has
@@ -489,9 +580,9 @@ class _Frozen:
         if any(type(t) is not Tensor or t.dim() != (2 if single else 3) for t in (x, *states)) or not _is_plain() or _autocast():
             return None
         tokens, rows = (1, x.shape[0]) if single else (x.shape[0], x.shape[1])
-        if self.layers is None or not 0 < tokens * rows * self.size < 1 << 23:
+        if self.layers is None or tokens * rows < 1 or (tokens * rows > 32 and tokens * rows * self.size >= 1 << 23):
             return None
-        if torch.is_grad_enabled() and (x.requires_grad or any(s.requires_grad for s in states)):
+        if _grads() and (x.requires_grad or any(s.requires_grad for s in states)):
             return None
         before, stream = self.quick
         if rows != before:  # not yet: the next call may be of another size
@@ -502,7 +593,8 @@ class _Frozen:
             if stream is None:
                 stream = _core.Stream(self.cell, self.layers, arrays[0].dtype.name, rows, 1, False, None, None)
                 self.quick = rows, stream
-            out = stream.sequence(arrays[0], tuple(arrays[1:]) if len(arrays) == 3 else arrays[1], torch.get_num_threads())
+            state = None if len(arrays) == 1 else tuple(arrays[1:]) if len(arrays) == 3 else arrays[1]
+            out = stream.sequence(arrays[0], state, torch.get_num_threads())
         except (TypeError, ValueError, RuntimeError):
             return None
         if out is None:
@@ -512,6 +604,20 @@ class _Frozen:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+
+def _twin(module: Any, weights: dict[str, Tensor]) -> Any:
+    """A module of our class like this one over constants, without hooks."""
+    twin = object.__new__(_TWINS[module._base])
+    nn.Module.__init__(twin)
+    own = vars(twin)
+    own.update({name: value for name, value in vars(module).items() if name not in own and name not in weights and name != "_frozen"})
+    twin.training = False
+    for name, weight in weights.items():
+        twin.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    if isinstance(module, nn.RNNBase):
+        twin._init_flat_weights()  # type: ignore[operator]
+    return twin
 
 
 class _Standin:
@@ -549,11 +655,14 @@ class _Standin:
         m = self.module
         paired = isinstance(hx, (tuple, list))
         h, c = (hx if paired else (hx, None)) if self.given else (None, None)
+        tensors = [t for t in (x, h, c) if t is not None]
+        if self.frozen is not None and (not _is_plain() or (_grads() and any(t.requires_grad for t in tensors))):
+            self.module, self.frozen = self.frozen.twin, None
         pairs = [] if self.frozen else self.weights()
         self.names, weights = [name for name, _ in pairs], [weight for _, weight in pairs]
-        tensors = [t for t in (x, h, c, *weights) if t is not None]
+        tensors += weights
         if not _is_plain() or any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
-            raise RuntimeError(f"{type(m).__name__}: what torch has not, and frozen weights, take plain tensors on the CPU, neither traced nor transformed")
+            return self._run(batch_sizes, paired, x, h, c, weights, False, plain=False)
         half = _half(x, h, c, weights)
         if self.frozen is not None and half is not None and not torch.is_autocast_enabled("cpu") and self.frozen.dtype != half:
             half = None
@@ -569,33 +678,49 @@ class _Standin:
             raise RuntimeError(f"{type(m).__name__}: input, state and weights must have one dtype, got {', '.join(sorted(map(str, dtypes)))}")
         return self._run(batch_sizes, paired, x, h, c, weights, False)
 
-    def _run(self, batch_sizes: Tensor | None, paired: bool, x: Tensor, h: Any, c: Any, weights: list[Any], low: bool) -> tuple[Tensor, ...]:
-        m = self.module
-        padded = lengths = None
-        if self.reset is not None and batch_sizes is not None:  # resets go by (T, B)
+    def _run(
+        self, batch_sizes: Tensor | None, paired: bool, x: Tensor, h: Any, c: Any, weights: list[Any], low: bool, plain: bool = True
+    ) -> tuple[Tensor, ...]:
+        m, reset = self.module, self.reset
+        padded = None
+        y: Any
+        out: Any
+        if reset is not None and batch_sizes is not None:  # resets go by (T, B)
             x, padded = torch._VF._pad_packed_sequence(x, batch_sizes, False, 0.0, len(batch_sizes))
-            lengths, batch_sizes = padded.numpy(), None
+            batch_sizes = None
         flip = not self.is_cell and m.batch_first and batch_sizes is None and padded is None
-        x = _tidy(x.transpose(0, 1) if flip else x, rows=True)
+        x = x.transpose(0, 1) if flip else x
         if batch_sizes is None and len(x) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if reset is not None and (reset.dtype != torch.bool or reset.shape != x.shape[:2]):
+            raise ValueError(f"{self.mode}: reset must be bool of shape (T, B) = {tuple(x.shape[:2])}, got {reset.dtype} of {tuple(reset.shape)}")
+        if self.wants_cells and not paired:
+            raise ValueError(f"{self.mode}: has no cell states")
         L, D = (1, 1) if self.is_cell else (m.num_layers, 2 if m.bidirectional else 1)
-        masks = None
-        if not self.is_cell and m.training and m.dropout > 0 and L > 1:
-            ones = x.new_ones((*x.shape[:-1], D * (m.proj_size or m.hidden_size)))
-            masks = [torch.dropout(ones, m.dropout, True).numpy() for _ in range(L - 1)]
-        self.options = {
-            "num_layers": L, "bidirectional": D == 2, "lengths": lengths, "batch_sizes": None if batch_sizes is None else batch_sizes.numpy(),
-            "reset": self.reset, "dropout_masks": masks, "cells": self.wants_cells, "threads": torch.get_num_threads(),
-            "compute_dtype": "bfloat16" if low and "bf16" in _core.target() else None,
-        }  # fmt: skip
-        given = [x, _tidy(h), _tidy(c), *(_tidy(w) for w in weights)]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-            if self.frozen is not None:
-                raise RuntimeError(f"{type(m).__name__} is frozen: it has no gradient; call it under torch.no_grad() or unfreeze it first")
-            out = _Extended.apply(self, paired, *given)  # type: ignore[no-untyped-call]
+        dropout = m.dropout if not self.is_cell and m.training and L > 1 else 0.0
+        if not plain:
+            y, h_T, c_T, cells = _by_operations(
+                m._cell_name, x, h, c, dict(zip(self.names, weights)), L, D, batch_sizes, padded, reset, (), dropout,
+            )  # fmt: skip
+            out = (y, *((h_T, c_T) if paired else (h_T,)), *((cells.detach(),) if self.wants_cells else ()))
         else:
-            out = tuple(torch.from_numpy(a) for a in self.forward(paired, given, tape=False)[0])
+            x, h, c, weights = _tidy(x, rows=True), _tidy(h), _tidy(c), [_tidy(w) for w in weights]
+            masks = None
+            if dropout > 0:
+                ones = x.new_ones((*x.shape[:-1], D * (m.proj_size or m.hidden_size)))
+                masks = [torch.dropout(ones, dropout, True) for _ in range(L - 1)]
+            self.shape = L, D, batch_sizes, padded, reset, masks or ()
+            self.options: dict[str, Any] = {
+                "num_layers": L, "bidirectional": D == 2, "lengths": None if padded is None else padded.numpy(),
+                "batch_sizes": None if batch_sizes is None else batch_sizes.numpy(), "reset": None if reset is None else reset.numpy(),
+                "dropout_masks": None if masks is None else [mask.numpy() for mask in masks], "cells": self.wants_cells,
+                "threads": torch.get_num_threads(), "compute_dtype": "bfloat16" if low and "bf16" in _core.target() else None,
+            }  # fmt: skip
+            given = [x, h, c, *weights]
+            if _grads() and any(t is not None and t.requires_grad for t in given):
+                out = _Extended.apply(self, paired, *given)  # type: ignore[no-untyped-call]
+            else:
+                out = tuple(torch.from_numpy(a) for a in self.forward(paired, given, tape=False)[0])
         y, *rest = out
         if self.wants_cells:
             self.cells = rest.pop()
@@ -616,14 +741,26 @@ class _Standin:
             y = y.copy()  # the tape's own is read only
         return [y, *(state if paired else (state,)), *cells], kept
 
+    def differentiable_backward(self, paired: bool, saved: Sequence[Any], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
+        """The gradients by torch's operations, run again from the start."""
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            given = [None if t is None else t.view_as(t) for t in saved]  # apart, where h is c
+            x, h, c, *weights = given
+            y, *state = _by_operations(self.module._cell_name, x, h, c, dict(zip(self.names, weights)), *self.shape)  # type: ignore[arg-type]
+            pairs = [(out, d) for out, d in zip((y, *state[: 1 + paired]), gradients) if d is not None]
+            wanted = [t for t, need in zip(given, needs) if need and t is not None]
+            outs, ds = zip(*pairs)
+            found = iter(torch.autograd.grad(outs, wanted, ds, create_graph=True, allow_unused=True))
+        return [next(found) if need and t is not None else None for t, need in zip(given, needs)]
+
 
 class _Extended(torch.autograd.Function):
-    """A forward and backward of rnnfast.functional in torch's graph; once differentiable."""
+    """A forward and backward of rnnfast.functional in torch's graph."""
 
     @staticmethod
     def forward(ctx: Any, call: _Standin, paired: bool, *given: Any) -> tuple[Tensor, ...]:
         arrays, ctx.tape = call.forward(paired, given, tape=True)
-        ctx.names, ctx.paired = call.names, paired
+        ctx.call, ctx.paired = call, paired
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given)
         out = tuple(torch.from_numpy(a) for a in arrays)
@@ -634,10 +771,12 @@ class _Extended(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("what torch's layers have not is differentiable once, not with create_graph=True")
-        _, h, *_ = ctx.saved_tensors  # raises where one was written to since
+        saved = ctx.saved_tensors  # raises where one was written to since
         states = 2 if ctx.paired else 1
+        if all(d is None for d in gradients[: 1 + states]):
+            return (None,) * (2 + len(saved))
+        if _grads() or not _is_plain():
+            return (None, None, *ctx.call.differentiable_backward(ctx.paired, saved, gradients, ctx.needs_input_grad[2:]))
         dy, *dstate = (
             torch.zeros(shape, dtype=dtype).numpy() if d is None else _tidy(d, rows=True).numpy()
             for d, (shape, dtype) in list(zip(gradients, ctx.shapes))[: 1 + states]
@@ -646,7 +785,7 @@ class _Extended(torch.autograd.Function):
         dh_T: Any = tuple(dstate) if ctx.paired else dstate[0]
         dx, dh, found = functional.backward(ctx.tape, dy, dh_T, need_dx=needs[0], threads=torch.get_num_threads())
         dh_0, dc_0 = dh if isinstance(dh, tuple) else (dh, None)
-        parts = [dx, *((None, None) if h is None else (dh_0, dc_0)), *(found[name] for name in ctx.names)]
+        parts = [dx, *((None, None) if saved[1] is None else (dh_0, dc_0)), *(found[name] for name in ctx.call.names)]
         return (None, None, *(torch.from_numpy(d) if need and d is not None else None for d, need in zip(parts, needs)))
 
 
@@ -779,11 +918,19 @@ class _Layer(_Ours, nn.RNNBase):
                 if out is not None:
                     return out[0], out[1:] if paired else out[1]
             return self._as_torch(input, hx)
-        if self._frozen is not None and hx is not None and reset is None and not cells and type(input) is Tensor:
-            x = input.transpose(0, 1) if self.batch_first else input
-            out = self._frozen.short(x, tuple(hx) if self.mode == "LSTM" else (hx,), False)
-            if out is not None:
-                return out[0].transpose(0, 1) if self.batch_first else out[0], out[1:] if self.mode == "LSTM" else out[1]
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_torch(input, hx)
+        frozen = self._frozen
+        if frozen is not None and reset is None and not cells:
+            if frozen.is_small:
+                return frozen.twin.forward(input, hx)
+            if type(input) is Tensor and input.dim() == 3:
+                x = input.transpose(0, 1) if self.batch_first else input
+                out = frozen.short(x, () if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,), False)
+                if out is not None:
+                    return out[0].transpose(0, 1) if self.batch_first else out[0], out[1:] if self.mode == "LSTM" else out[1]
+            if frozen.is_for_twin(input):
+                return frozen.twin.forward(input, hx)
         if reset is not None:
             reset = torch.as_tensor(reset)
             if isinstance(input, PackedSequence):
@@ -793,7 +940,6 @@ class _Layer(_Ours, nn.RNNBase):
                 reset = reset[:, None]
             elif self.batch_first:
                 reset = reset.transpose(0, 1)
-            reset = reset.numpy()
         call = _Standin(self, hx, reset, cells)
         out = _forwards_by_standin[self._base](call, input, hx)
         if not cells:
@@ -905,10 +1051,18 @@ class _Step(_Ours, nn.RNNCellBase):
                 if out is not None:
                     return out if cell == _LSTM else out[0]
             return self._as_torch(input, hx)
-        if self._frozen is not None and hx is not None:
-            out = self._frozen.short(input, tuple(hx) if self._base is nn.LSTMCell else (hx,), True)
-            if out is not None:
-                return out[1:] if self._base is nn.LSTMCell else out[1]
+        if isinstance(input, torch.fx.Proxy):
+            return self._as_torch(input, hx)
+        frozen = self._frozen
+        if frozen is not None:
+            if frozen.is_small:
+                return frozen.twin.forward(input, hx)
+            if type(input) is Tensor:
+                out = frozen.short(input, () if hx is None else tuple(hx) if self._base is nn.LSTMCell else (hx,), True)
+                if out is not None:
+                    return out[1:] if self._base is nn.LSTMCell else out[1]
+            if frozen.is_for_twin(input):
+                return frozen.twin.forward(input, hx)
         return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
 
 
@@ -995,8 +1149,8 @@ def freeze(model: _Model) -> _Model:
     """Takes a snapshot of every recurrent module's weights, in the kernels' order, for faster inference: in place, in eval mode, after `convert`.
 
     Calls read the snapshot: what is written to the weights later is not seen until `freeze` is called again. `unfreeze`, `train()`, `load_state_dict`,
-    and moves to another dtype or device end it; copies, pickles and state_dicts have none of it. The weights are constants: a call that would need
-    the gradient of its input raises RuntimeError.
+    and moves to another dtype or device end it; copies, pickles and state_dicts have none of it. The weights are constants: gradients go to the input
+    and the state alone.
 
     >>> layer = freeze(nn.LSTM(4, 8))
     >>> with torch.no_grad():
