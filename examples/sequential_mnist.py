@@ -1,9 +1,10 @@
 """Digits read row by row: 28 steps of 28 pixels, one answer at the end ("Variants", 3: many to one).
 
-5,000 real MNIST pictures, 4,000 to train and 1,000 to test (each digit's last fifth). An LSTM reads the rows from the top, another reads the
-picture's columns, a linear layer sees both final states through dropout. Training pictures are shifted by up to 2 pixels, turned by up to 12
-degrees and scaled by up to 12 %, drawn anew at every epoch. A tenth of the training part chose the settings; the test part is read once. Bar: 95 %
-right.
+5,000 real MNIST pictures, 4,000 to train and 1,000 to test (each digit's last fifth). An LSTM reads the rows from the top and nothing
+else, a linear layer sees its last state through dropout. Training pictures are shifted by up to 2 pixels, turned by up to 12 degrees and scaled by
+up to 12 %, drawn anew at every epoch. A tenth of the training part chose the settings; the test part is read once. Bar: 95 % right.
+
+Measured: median 97.8 %, worst 97.7 % of 3 seeds (95 s of one core in all).
 
     python examples/sequential_mnist.py
 """
@@ -37,20 +38,19 @@ def warp(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def net(seed: int, hidden: int) -> Graph:
-    """Rows and columns into an LSTM each, and a score for every digit at every step (the last one counts)."""
+    """Rows into an LSTM, and a score for every digit at every step (the last one counts)."""
     return Graph(
         {
             "down": (LSTM(28, hidden, forget_bias=1.0, seed=seed), "rows"),
-            "across": (LSTM(28, hidden, forget_bias=1.0, seed=seed + 1), "columns"),
-            "drop": (Dropout(0.3, seed=seed + 2), ["down", "across"]),
-            "y": (Linear(2 * hidden, 10, seed=seed + 3), "drop"),
+            "drop": (Dropout(0.3, seed=seed + 2), "down"),
+            "y": (Linear(hidden, 10, seed=seed + 3), "drop"),
         }
     )
 
 
-def inputs(pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """rows and columns (28, B, 28), time first."""
-    return {"rows": np.ascontiguousarray(pictures.swapaxes(0, 1)), "columns": np.ascontiguousarray(pictures.transpose(2, 0, 1))}
+def rows(pictures: np.ndarray) -> np.ndarray:
+    """(28, B, 28): a row of every picture a step."""
+    return np.ascontiguousarray(pictures.swapaxes(0, 1))
 
 
 loss = many_to_one(losses.softmax_cross_entropy)
@@ -65,7 +65,7 @@ def train(pictures: np.ndarray, digits: np.ndarray, seed: int, epochs: int, hidd
     def epoch_of(_: int):
         order = rng.permutation(len(digits))
         seen = warp(pictures[order], rng)
-        return ((inputs(seen[i : i + 50]), digits[order[i : i + 50]]) for i in range(0, len(order) - 49, 50))
+        return ((rows(seen[i : i + 50]), digits[order[i : i + 50]]) for i in range(0, len(order) - 49, 50))
 
     optimizer = AdamW(model, optim.linear(0.004, steps), weight_decay=0.01)
     training.fit(model, epoch_of, loss, optimizer, steps=steps, clip=1.0, progress=False)
@@ -74,7 +74,7 @@ def train(pictures: np.ndarray, digits: np.ndarray, seed: int, epochs: int, hidd
 
 def right(model: Graph, pictures: np.ndarray, digits: np.ndarray) -> float:
     """The share of right answers in per cent."""
-    return 100 * float((model(inputs(pictures))[0][-1].argmax(axis=-1) == digits).mean())
+    return 100 * float((model(rows(pictures))[0][-1].argmax(axis=-1) == digits).mean())
 
 
 def main(given: Sequence[str] | None = None) -> float:
@@ -83,28 +83,28 @@ def main(given: Sequence[str] | None = None) -> float:
     pictures, digits = mnist()  # 500 of each digit, in order
     place = np.arange(len(digits)) % 500
     train_part, test_part = place < 400, place >= 400
-    epochs, hidden = (3, 48) if args.quick else (30, 96)
+    epochs, hidden = (5, 48) if args.quick else (30, 96)
     if not args.quick:
         inner = train_part & (place < 360)
         held = train_part & ~inner
         model = train(pictures[inner], digits[inner], 100, epochs, hidden)
-        print(f"a net trained on nine tenths of the training part: {right(model, pictures[held], digits[held]):.1f} % of the other tenth right")
+        print(f"a net trained on nine tenths of the training part: {right(model, pictures[held], digits[held]):.1f} % of the other tenth right", flush=True)
     rights = []
     for seed in args.seeds:
         model = train(pictures[train_part], digits[train_part], seed, epochs, hidden)
         rights.append(right(model, pictures[test_part], digits[test_part]))
-        print(f"seed {seed}: {rights[-1]:.1f} % of {test_part.sum():,} test pictures right")
+        print(f"seed {seed}: {rights[-1]:.1f} % of {test_part.sum():,} test pictures right", flush=True)
     if args.figure:
         figure = picture()
         left, middle, last = figure.subplots(1, 3)
         shown = pictures[test_part][350]
         left.imshow(shown, cmap="gray_r")
         left.set(title="read from the top", xlabel="28 pixels a step", ylabel="step")
-        y = model(inputs(shown[None]))[0][:, 0].astype(np.float64)
+        y = model(rows(shown[None]))[0][:, 0].astype(np.float64)
         e = np.exp(y - y.max(axis=1, keepdims=True))
         middle.imshow(e / e.sum(axis=1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
         middle.set(xlabel="digit", title="probability so far", xticks=range(10))
-        last.imshow(model["down"](inputs(shown[None])["rows"])[0][:, 0], aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+        last.imshow(model["down"](rows(shown[None]))[0][:, 0], aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
         last.set(xlabel="unit", title="h of the rows' LSTM")
         save(figure, args.figure)
     return verdict("digits right (%)", rights, 95, low=False)
