@@ -52,6 +52,21 @@ class Unlocked {
   PyThreadState* state_;
 };
 
+// Calls f(begin, end) for parts of [0, n) on as many threads as each gets `grain` of it.
+template <class F>
+void divide(int64_t n, int64_t grain, F f) {
+  struct Parts {
+    int64_t n;
+    F& f;
+  } parts{n, f};
+  const auto each = [](void* data, int id, int count, void (*)(void*), void*) {
+    const Parts& p = *static_cast<Parts*>(data);
+    p.f(p.n * id / count, p.n * (id + 1) / count);
+  };
+  const int most = static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, thread_count()));
+  rnnfast::run(most, each, &parts, [](void*, int) {});
+}
+
 // ---- buffers that outlive a call: fresh pages cost several per cent --------------------------------------------------------------------
 
 class Buffer {
@@ -1210,6 +1225,66 @@ PyMethodDef FUNCTIONS[] = {
 
 }  // namespace tensors
 
+// ---- beside the recurrent layers: rnnfast.losses, .dense and .optim have checked what comes here --------------------------------------
+
+constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread
+
+// Of one dtype, contiguous, of n numbers.
+Dtype alike(const std::string& who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
+  const py::array& first = **arrays.begin();
+  for (const py::array* a : arrays)
+    if (!same(a->dtype(), first.dtype()) || !(a->flags() & py::array::c_style) || a->size() != n)
+      fail(who + ": expected contiguous arrays of one dtype with " + std::to_string(n) + " numbers each");
+  return dtype_of(first, who + ": ");
+}
+
+using Indices = py::array_t<int64_t, py::array::c_style>;
+using Doubles = py::array_t<double, py::array::c_style>;
+
+// (Σ_v e^{a_v − max}, a_target − max) of every row; the gradient goes to `gradient`.
+std::pair<Doubles, Doubles> softmax(const py::array& logits, const Indices& targets, const std::optional<Doubles>& weights, double weight,
+                                    std::optional<py::array> gradient) {
+  const int64_t n = targets.size(), V = n ? logits.size() / n : 0;
+  const Dtype dtype = alike("softmax", logits.size(), {&logits, gradient ? &*gradient : &logits});
+  if (n * V != logits.size() || (weights && weights->size() != n)) fail("softmax: expected a target and a weight for every row");
+  for (int64_t i = 0; i < n; ++i)
+    if (targets.data()[i] < 0 || targets.data()[i] >= V) fail("softmax: targets must lie in [0, " + std::to_string(V) + ")");
+  Doubles sums(n), picked(n);
+  const Softmax s{V,
+                  logits.data(),
+                  targets.data(),
+                  weights ? weights->data() : nullptr,
+                  weight,
+                  gradient ? gradient->mutable_data() : nullptr,
+                  sums.mutable_data(),
+                  picked.mutable_data()};
+  const Unlocked unlocked;
+  divide(n, GRAIN / std::max<int64_t>(V, 1), [&](int64_t begin, int64_t end) { kernels().softmax(dtype, s, begin, end); });
+  return {sums, picked};
+}
+
+void scatter(py::array table, const Indices& rows, const py::array& values) {
+  const int64_t n = rows.size(), width = table.ndim() == 2 ? table.shape(1) : 0;
+  const Dtype dtype = alike("scatter", table.size(), {&table});
+  if (!same(values.dtype(), table.dtype()) || !(values.flags() & py::array::c_style) || values.size() != n * width)
+    fail("scatter: expected a contiguous row of values for each of rows");
+  for (int64_t i = 0; i < n; ++i)
+    if (rows.data()[i] < 0 || rows.data()[i] >= table.shape(0)) fail("scatter: rows must lie in the table");
+  const Scatter s{n, width, table.mutable_data(), rows.data(), values.data()};
+  const Unlocked unlocked;
+  divide(width, std::max<int64_t>(64, GRAIN / std::max<int64_t>(n, 1)),
+         [&](int64_t begin, int64_t end) { kernels().scatter(dtype, s, begin, end); });
+}
+
+void adam(py::array p, const py::array& gradient, py::array mean, py::array square, double rate, double beta_1, double beta_2, double eps,
+          double decay, double kept) {
+  const Dtype dtype = alike("adam", p.size(), {&p, &gradient, &mean, &square});
+  const Adam u{p.mutable_data(), gradient.data(), mean.mutable_data(), square.mutable_data(), rate, beta_1, beta_2, eps, decay, kept};
+  const int64_t n = p.size();
+  const Unlocked unlocked;
+  divide(n, GRAIN, [&](int64_t begin, int64_t end) { kernels().adam(dtype, u, begin, end); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
@@ -1274,6 +1349,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         return kernels().peak(dtype, products, rounds);
       },
       py::arg("compute"), py::arg("rounds"));
+  m.def("softmax", &softmax, py::arg("logits"), py::arg("targets"), py::arg("weights"), py::arg("weight"), py::arg("gradient"));
+  m.def("scatter", &scatter, py::arg("table"), py::arg("rows"), py::arg("values"));
+  m.def("adam", &adam, py::arg("p"), py::arg("gradient"), py::arg("mean"), py::arg("square"), py::arg("rate"), py::arg("beta_1"),
+        py::arg("beta_2"), py::arg("eps"), py::arg("decay"), py::arg("kept"));
   m.def("get_num_threads", &thread_count);
   m.def("set_num_threads", [](int n) {
     if (n < 1) fail("n must be at least 1, got " + std::to_string(n));

@@ -3,6 +3,7 @@
 //
 // Everything but the table sits in an anonymous namespace, uses no std:: template and has no global constructor, so that no copy of an
 // inline function compiled for one CPU can be taken by the linker for another.
+#include "learning.hpp"
 #include "sequence.hpp"
 
 #define RNNFAST_STRING_(x) #x
@@ -88,8 +89,18 @@ void backward(CellKind kind, Dtype dtype, const Job& job, const Worker& worker) 
   visit(kind, dtype, job, worker, [](const auto& s) { s.backward(); });
 }
 
+void softmax(Dtype dtype, const Softmax& s, int64_t begin, int64_t end) {
+  dtype == FLOAT32 ? softmax_rows<float>(s, begin, end) : softmax_rows<double>(s, begin, end);
+}
+void scatter(Dtype dtype, const Scatter& s, int64_t begin, int64_t end) {
+  dtype == FLOAT32 ? scatter_columns<float>(s, begin, end) : scatter_columns<double>(s, begin, end);
+}
+void adam(Dtype dtype, const Adam& u, int64_t begin, int64_t end) {
+  dtype == FLOAT32 ? adam_numbers<float>(u, begin, end) : adam_numbers<double>(u, begin, end);
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("hidden"))) const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET);
-const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {RNNFAST_TARGET_NAME, lanes,   tape_size, packs_size,
-                                                        scratch_size,        forward, backward,  peak};
+const rnnfast::Kernels RNNFAST_TABLE(RNNFAST_TARGET) = {
+    RNNFAST_TARGET_NAME, lanes, tape_size, packs_size, scratch_size, forward, backward, peak, softmax, scatter, adam};

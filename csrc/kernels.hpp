@@ -78,6 +78,31 @@ struct Worker {
   void* waiter;
 };
 
+// What a training step does beside the recurrent layers; arrays are contiguous and of the table entry's dtype unless their type is given.
+struct Softmax {
+  int64_t V;
+  const void* logits;      // (N, V)
+  const int64_t* targets;  // (N)     in [0, V) where the weight is not 0
+  const double* weights;   // (N)     of the rows; null: `weight` for each
+  double weight;
+  void* gradient;         // (N, V)  null, or where it goes: may be the logits
+  double *sums, *picked;  // (N)     Σ_v e^{a_v − max} and a_target − max
+};
+struct Scatter {  // table[rows[n]] += values[n]
+  int64_t N, width;
+  void* table;          // (rows, width)
+  const int64_t* rows;  // (N)
+  const void* values;   // (N, width)
+};
+struct Adam {
+  void* p;               // (N)
+  const void* gradient;  // (N)
+  void *mean, *square;   // (N)
+  double rate, beta_1, beta_2, eps;
+  double decay;  // of p that the gradient takes up
+  double kept;   // of p itself, 1 without decoupled decay
+};
+
 // The kernels of one CPU target.
 struct Kernels {
   const char* target;
@@ -90,6 +115,10 @@ struct Kernels {
   void (*backward)(CellKind, Dtype, const Job&, const Worker&);
   // Multiplies and adds in registers, as products do, and returns how many operations that were: the most that any product can reach.
   double (*peak)(Dtype, Compute, int64_t rounds);
+  // Rows, columns or numbers [begin, end) of these.
+  void (*softmax)(Dtype, const Softmax&, int64_t begin, int64_t end);
+  void (*scatter)(Dtype, const Scatter&, int64_t begin, int64_t end);
+  void (*adam)(Dtype, const Adam&, int64_t begin, int64_t end);
 };
 
 int gates(CellKind kind);

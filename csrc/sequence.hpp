@@ -58,7 +58,7 @@ struct Sequence {
   const int64_t H, S, Hp;            // Hp: H padded to whole registers
   const int64_t units, group, crew;  // workers over units; this one's place among them; this one's row group
   Range blocks;                      // this worker's blocks of H
-  Range rows;                        // this worker's rows of the batch
+  Range rows;                        // this worker's rows of the batch, forward
 
   Sequence(const Job& job, const Worker& worker)
       : j(job),
@@ -73,7 +73,7 @@ struct Sequence {
         group(worker.id % units),
         crew(worker.id / units),
         blocks(share(ceil_div(H, L), group, units)),
-        rows(share_rows(crew)) {}
+        rows(share_rows(0, job.T)) {}
 
   // Elements of a panel that is used once which are packed and multiplied at a time. Short blocks stay in cache; gates' rows are read along
   // k, where a long run is what prefetchers follow, and the others' across k, where so many rows are as many streams.
@@ -81,20 +81,21 @@ struct Sequence {
 
   // ---- who does what -------------------------------------------------------------------------------------------------------------------
 
-  // Row groups take neighbouring rows with about equally many tokens.
-  Range share_rows(int64_t i) const {
+  // Row groups take neighbouring rows with about equally many tokens in the times [t0, t1).
+  Range share_rows(int64_t t0, int64_t t1) const {
     if (w.row_groups == 1) return {0, j.B};
-    return {row_bound(i), row_bound(i + 1)};
+    return {row_bound(crew, t0, t1), row_bound(crew + 1, t0, t1)};
   }
-  int64_t row_bound(int64_t i) const {
-    if (j.T == 0 || j.active[j.T - 1] == j.B) return j.B * i / w.row_groups;
-    int64_t row = 0, t = j.T;  // t: steps of `row`, found going down as rows grow
-    int64_t seen = 0, goal = j.start[j.T] * i / w.row_groups;
-    for (; row < j.B && seen < goal; ++row) {
-      while (t > 0 && j.active[t - 1] <= row) --t;
-      seen += t;
+  int64_t row_bound(int64_t i, int64_t t0, int64_t t1) const {
+    if (i == w.row_groups || t0 == t1 || j.active[t1 - 1] == j.B) return j.B * i / w.row_groups;
+    const int64_t goal = (j.start[t1] - j.start[t0]) * i / w.row_groups;
+    int64_t row = 0, seen = 0, t = t1;  // t: where `row` ends, found going down as rows grow
+    for (; row < j.B; ++row) {
+      while (t > t0 && j.active[t - 1] <= row) --t;
+      if (seen + (t - t0) / 2 >= goal) break;  // the bound that is nearest
+      seen += t - t0;
     }
-    return i == w.row_groups ? j.B : row;
+    return row;
   }
   void sync() const {
     if (units > 1) w.wait(w.waiter);
@@ -106,7 +107,7 @@ struct Sequence {
   int64_t units_of(Range b) const { return least(b.end * L, H) - b.begin * L; }
   int lanes(int64_t block) const { return static_cast<int>(least(L, H - block * L)); }
   int64_t time(int64_t step) const { return j.reversed ? j.T - 1 - step : step; }  // its own inverse
-  Range running(int64_t t) const { return {least(rows.begin, j.active[t]), least(rows.end, j.active[t])}; }
+  Range running(Range r, int64_t t) const { return {least(r.begin, j.active[t]), least(r.end, j.active[t])}; }
 
   const T* row_of(const Tokens& a, int64_t t, int64_t r) const {
     return static_cast<const T*>(a.data) + j.time[t] * a.step + j.index[r] * a.row;
@@ -304,12 +305,12 @@ struct Sequence {
     }
   }
 
-  // The sums of this worker's tokens in the steps [s0, s1): the biases and what x adds to them. Returns the number of tokens.
-  int64_t start_sums(const Forward& f, int64_t s0, int64_t s1) const {
+  // The sums of these rows' tokens in the steps [s0, s1): the biases and what x adds to them. Returns the number of tokens.
+  int64_t start_sums(const Forward& f, Range own, int64_t s0, int64_t s1) const {
     const int64_t row_size = blocks.size() * PRE * L;
     int64_t count = 0;
     for (int64_t s = s0; s < s1; ++s) {
-      const Range run = running(time(s));
+      const Range run = running(own, time(s));
       for (int64_t r = run.begin; r < run.end; ++r, ++count) f.from[count] = row_of(j.x, time(s), r), f.to[count] = f.a + count * row_size;
     }
     if (row_size == 0 || count == 0) return count;
@@ -336,10 +337,10 @@ struct Sequence {
     const int64_t chunk = forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L);
     for (int64_t s0 = 0; s0 < j.T; s0 += chunk) {
       const int64_t s1 = least(j.T, s0 + chunk);
-      start_sums(f, s0, s1);
+      start_sums(f, rows, s0, s1);
       T* a = f.a;
       for (int64_t s = s0; s < s1; ++s) {
-        const Range run = running(time(s));
+        const Range run = running(rows, time(s));
         forward_step(f, s, run, a);
         a += run.size() * row_size;
       }
@@ -460,6 +461,7 @@ struct Sequence {
     Forward again;            // with `recompute`
     T* kept;                  // [token of a chunk][pitch], likewise
     int64_t base;             // the chunk's first token
+    Range rows;               // this worker's in the chunk
     T *zeros, *sums;          // [MAX_NV·L]; [PRE·H]
     const T** from;
     T** to;
@@ -474,12 +476,20 @@ struct Sequence {
   int64_t operand_width(int i) const { return i == 0 ? j.I : i == 1 ? S : i == 2 ? (RESETS_FIRST ? H : 0) : j.projected ? H : 0; }
   Range h_blocks() const { return share(ceil_div(S, L), group, units); }
 
-  // Steps in a chunk of time: the same for any number of workers, since it bounds the sums over tokens.
-  int64_t backward_steps() const { return most(1, least(most(j.T, 1), 512 / most(j.B, 1))); }
+  // Tokens in a chunk of time, in whole steps: the same for any number of workers, since they are summed at once.
+  int64_t backward_tokens() const { return j.B * most(1, least(j.T, 512 / most(j.B, 1))); }
+  int64_t backward_from(int64_t s1) const {  // the first step of the chunk that ends at s1
+    const int64_t end = time(s1 - 1);
+    int64_t s0 = s1 - 1;
+    while (s0 > 0 &&
+           (j.reversed ? j.start[time(s0 - 1) + 1] - j.start[end] : j.start[end + 1] - j.start[time(s0 - 1)]) <= backward_tokens())
+      --s0;
+    return s0;
+  }
 
   Backward plan_backward(Arena& arena) const {
     Backward f{};
-    const int64_t tokens = backward_steps() * j.B;
+    const int64_t tokens = backward_tokens();
     const int64_t most_h = ceil_div(ceil_div(S, L), units), most_blocks = ceil_div(ceil_div(H, L), units);
     const Range h = h_blocks();
     const int64_t h_first = h.begin * L, h_count = most(0, least(h.end * L, S) - h_first), first = blocks.begin * L;
@@ -572,13 +582,13 @@ struct Sequence {
     Backward f = plan_backward(arena);
     pack_backward(f);
     if (j.recompute) pack_forward(f.again);
-    const int64_t chunk = backward_steps();
     bool fresh = j.overwrite;  // is this the first chunk to reach the parameters' gradients, which has nothing to add to?
-    for (int64_t s1 = j.T; s1 > 0; s1 = most(0, s1 - chunk)) {
-      const int64_t s0 = most(0, s1 - chunk);
+    for (int64_t s0, s1 = j.T; s1 > 0; s1 = s0) {
+      s0 = backward_from(s1);
       const int64_t t0 = least(time(s0), time(s1 - 1)), t1 = most(time(s0), time(s1 - 1)) + 1;
       const int64_t base = j.start[t0], tokens = j.start[t1] - base;
       f.base = base;
+      f.rows = share_rows(t0, t1);
       if (j.recompute) recompute(f, s0, s1);
       for (int64_t s = s1 - 1; s >= s0; --s) backward_step(f, s, base);
       join();
@@ -609,11 +619,11 @@ struct Sequence {
     const int64_t row_size = blocks.size() * PRE * L, chunk = forward_steps(j.B, ceil_div(ceil_div(H, L), units) * PRE * L);
     for (int64_t s = s0; s < s1; s += chunk) {
       const int64_t end = least(s1, s + chunk);
-      const int64_t count = start_sums(g, s, end);
+      const int64_t count = start_sums(g, f.rows, s, end);
       const auto each = [&](auto visit) {
         int64_t i = 0;
         for (int64_t step = s; step < end; ++step)
-          for (int64_t r = running(time(step)).begin; r < running(time(step)).end; ++r, ++i) visit(i, step, r);
+          for (Range run = running(f.rows, time(step)); run.begin < run.end; ++run.begin, ++i) visit(i, step, run.begin);
       };
       const auto row = [&](int64_t step, int64_t r) { return f.kept + (j.start[time(step)] + r - f.base) * pitch(); };
       each([&](int64_t i, int64_t step, int64_t r) { g.from[i] = h_before(step, r); });
@@ -637,7 +647,7 @@ struct Sequence {
 
   void backward_step(const Backward& f, int64_t s, int64_t base) const {
     const int64_t t = time(s);
-    const Range run = running(t);
+    const Range run = running(f.rows, t);
     const int64_t n = run.size(), token = j.start[t] - base + run.begin;
     T* da = f.da + token * da_pitch();
     const int64_t h_first = f.w_early.column, h_count = f.w_early.width, first = blocks.begin * L, own = most(0, units_of(blocks));

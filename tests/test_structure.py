@@ -20,7 +20,8 @@ INCLUDES = {
     "vec.hpp": set(),
     "gemm.hpp": {"vec.hpp"},
     "sequence.hpp": {"cells.hpp", "gemm.hpp", "kernels.hpp"},
-    "kernels.cpp": {"sequence.hpp"},
+    "learning.hpp": {"kernels.hpp", "vec.hpp"},
+    "kernels.cpp": {"learning.hpp", "sequence.hpp"},
     "kernels.hpp": set(),
     "dispatch.cpp": {"kernels.hpp"},
     "threads.hpp": set(),
@@ -33,6 +34,7 @@ PER_TARGET = (
     "vec.hpp",
     "gemm.hpp",
     "sequence.hpp",
+    "learning.hpp",
     "kernels.cpp",
     "kernels.hpp",
 )  # compiled once per CPU target

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import functional
+from . import _core, functional
 from .module import Array, Module
 
 
@@ -108,16 +108,10 @@ class Embedding(_Map):
         self._check("dy", dy, (*tokens.shape, self.embedding_dim))
         if tokens.size == 0:
             return
-        # equal tokens side by side, then one sum a run; NumPy sorts 16-bit keys by radix
-        keys = tokens.reshape(-1).astype(np.uint16 if self.num_embeddings <= 1 << 16 else np.int64)
-        order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        runs = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        rows = keys[runs].astype(np.int64)
         _ = self.flat_gradient
-        self._gradients["weight"][rows] += np.add.reduceat(dy.reshape(-1, dy.shape[-1])[order], runs, axis=0)
+        _core.scatter(self._gradients["weight"], tokens.reshape(-1), np.ascontiguousarray(dy))
         if self.sparse:
-            self._met.append(rows)
+            self._met.append(np.unique(tokens))
 
     def rows(self) -> tuple[int, NDArray[np.int64]] | None:
         """(E, the rows met since zero_gradients) if sparse, else None."""

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from . import _core
 from .module import Array
-
-_BLOCK = 1 << 16  # numbers a block: its passes stay in the cache
 
 
 def _float(name: str, what: str, array: ArrayLike) -> Array:
@@ -62,7 +61,7 @@ def softmax_cross_entropy(
     logits (..., V) float32 or float64, targets (...) integers in [0, V), weights (...) numbers, True and False
     included: a mask. Where a weight is 0 neither logits nor target are read and the gradient is 0; if all are 0, so
     is the loss. `out` takes the gradient and may be the logits themselves; gradient=False returns (loss, None).
-    Sums are taken in float64; exp never overflows, as every row is shifted by its maximum.
+    The loss is summed in float64; exp never overflows, as every row is shifted by its maximum.
 
     Raises ValueError for wrong shapes, TypeError for wrong dtypes, IndexError for a target out of range.
 
@@ -81,34 +80,16 @@ def softmax_cross_entropy(
         raise ValueError(f"{name}: out must be a contiguous {a.dtype} array of shape {a.shape}")
     w, total = _weights(name, weights, t.shape)
     V = a.shape[-1]
-    a2, t1 = a.reshape(t.size, V), t.reshape(-1).astype(np.int64)
-    skipped = None if w is None else w == 0
-    if skipped is not None:
-        t1[skipped] = 0
+    t1 = t.reshape(-1).astype(np.int64)
+    if w is not None:
+        t1[w == 0] = 0
     if t1.size and (V == 0 or t1.min() < 0 or t1.max() >= V):
         raise IndexError(f"{name}: targets must lie in [0, {V}), got {t1.min()} to {t1.max()}")
-    da = (np.empty(a.shape, a.dtype) if out is None else out).reshape(t.size, V) if gradient else None
+    da = (np.empty(a.shape, a.dtype) if out is None else out) if gradient else None
     scale = 1 / total if total else 0.0
-    rows = max(1, _BLOCK // max(V, 1))
-    scratch = np.empty((min(rows, len(t1)), V), a.dtype)
-    loss = 0.0
-    for start in range(0, len(t1), rows):
-        part = slice(start, min(start + rows, len(t1)))
-        block, n = scratch[: part.stop - start], np.arange(part.stop - start)
-        gone = None if skipped is None else skipped[part]
-        source = a2[part] if gone is None or not gone.any() else np.where(gone[:, None], 0, a2[part])
-        np.subtract(source, source.max(axis=1, keepdims=True), out=block)
-        picked = block[n, t1[part]]
-        np.exp(block, out=block)
-        sums = block.sum(axis=1)
-        nll = np.log(sums) - picked
-        loss += float(nll.sum(dtype=np.float64)) if w is None else float(nll @ w[part])
-        if da is None:
-            continue
-        each = scale if w is None else w[part] * scale
-        np.multiply(block, (each / sums).astype(a.dtype)[:, None], out=da[part])
-        da[part][n, t1[part]] -= np.asarray(each, a.dtype)
-    return loss * scale, None if da is None else da.reshape(a.shape)
+    sums, picked = _core.softmax(np.ascontiguousarray(a), t1, None if w is None else w * scale, scale, da)
+    nll = np.log(sums) - picked
+    return float(nll.sum() if w is None else nll @ w) * scale, da
 
 
 def mean_squared_error(y: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> tuple[float, Array]:

@@ -9,15 +9,17 @@ it needs no state of its own. The equations are torch.optim's. It does not know 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from . import _core
 from .module import Array, Module
 
 Schedule = Callable[[int], float]
-_BLOCK = 1 << 15  # numbers a block: p, g, two moments and a scratch array of float32 are 640 KiB
+_BLOCK = 1 << 15  # numbers that a norm sums in their own dtype
 
 
 def _real(name: str, what: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
@@ -49,6 +51,7 @@ class Optimizer:
     """
 
     moments: tuple[str, ...] = ()  # the names of the arrays like p that the update keeps
+    _block = 1 << 15  # numbers a block: p, g, two moments and a scratch array of float32 are 640 KiB
 
     def __init__(self, model: Module, learning_rate: float | Schedule) -> None:
         self.model = model
@@ -82,18 +85,17 @@ class Optimizer:
         for leaf, kept in zip(self._leaves, self._kept, strict=True):
             if not leaf.training:
                 raise RuntimeError(f"{self._name}: the model is in eval mode; call train() before step()")
-            scratch = [np.empty(min(_BLOCK, leaf.flat.size), leaf.flat.dtype) for _ in range(2)]
-            for blocks, store in _blocks(leaf, [leaf.flat, leaf.flat_gradient, *kept]):
+            for blocks, store in _blocks(leaf, [leaf.flat, leaf.flat_gradient, *kept], self._block):
                 p, g, *own = blocks
-                self._update(p, g, own, *(s[: p.size] for s in scratch))
+                self._update(p, g, own)
                 store()
         self.steps += 1
 
     def _begin(self, rate: float) -> None:
         raise NotImplementedError
 
-    def _update(self, p: Array, g: Array, own: list[Array], a: Array, b: Array) -> None:
-        """One block, in place: a and b are scratch, g must not be written."""
+    def _update(self, p: Array, g: Array, own: list[Array]) -> None:
+        """One block, in place: g must not be written."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Array]:
@@ -117,15 +119,15 @@ class Optimizer:
         self.steps = int(np.asarray(state["steps"]).item())
 
 
-def _blocks(leaf: Module, arrays: list[Array]) -> Iterator[tuple[list[Array], Callable[[], None]]]:
+def _blocks(leaf: Module, arrays: list[Array], size: int) -> Iterator[tuple[list[Array], Callable[[], None]]]:
     """Blocks of the arrays to update in place, each with what to call afterwards."""
     sparse = leaf.rows()
     if sparse is None:
-        for start in range(0, leaf.flat.size, _BLOCK):
-            yield [array[start : start + _BLOCK] for array in arrays], lambda: None
+        for start in range(0, leaf.flat.size, size):
+            yield [array[start : start + size] for array in arrays], lambda: None
         return
     width, rows = sparse
-    step = max(1, _BLOCK // width)
+    step = max(1, size // width)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         tables = [array.reshape(-1, width) for array in arrays]
@@ -174,15 +176,15 @@ class SGD(Optimizer):
     def _begin(self, rate: float) -> None:
         self._now = rate
 
-    def _update(self, p: Array, g: Array, own: list[Array], a: Array, b: Array) -> None:
+    def _update(self, p: Array, g: Array, own: list[Array]) -> None:
         if self.weight_decay:
-            g = np.add(g, np.multiply(p, self.weight_decay, out=b), out=b)
+            g = g + p * self.weight_decay
         if own:
             (v,) = own
             np.multiply(v, self.momentum, out=v)
             np.add(v, g, out=v)  # v = μ v + g
-            g = np.add(g, np.multiply(v, self.momentum, out=a), out=a) if self.nesterov else v
-        np.subtract(p, np.multiply(g, self._now, out=a), out=p)  # p -= rate g
+            g = g + v * self.momentum if self.nesterov else v
+        np.subtract(p, g * self._now, out=p)  # p -= rate g
 
 
 class RMSprop(Optimizer):
@@ -220,11 +222,12 @@ class RMSprop(Optimizer):
     def _begin(self, rate: float) -> None:
         self._now = rate
 
-    def _update(self, p: Array, g: Array, own: list[Array], a: Array, b: Array) -> None:
+    def _update(self, p: Array, g: Array, own: list[Array]) -> None:
         if self.weight_decay:
-            g = np.add(g, np.multiply(p, self.weight_decay, out=b), out=b)
+            g = g + p * self.weight_decay
         s = own[0]
-        np.multiply(np.multiply(g, 1 - self.alpha, out=a), g, out=a)
+        a = g * (1 - self.alpha)
+        np.multiply(a, g, out=a)
         np.multiply(s, self.alpha, out=s)
         np.add(s, a, out=s)  # s = α s + (1 - α) g²
         np.sqrt(s, out=a)
@@ -257,6 +260,7 @@ class Adam(Optimizer):
     """
 
     moments = ("mean", "square")
+    _block = sys.maxsize  # the kernel goes over everything once
     decoupled = False  # whether weight_decay shrinks p itself (AdamW)
 
     def __init__(
@@ -276,28 +280,14 @@ class Adam(Optimizer):
     def _begin(self, rate: float) -> None:
         n = self.steps + 1
         correction = math.sqrt(1 - self.betas[1] ** n)
-        self._eps = self.eps * correction  # √v / c + ε = (√v + ε c) / c: one pass less
+        self._eps = self.eps * correction  # √v / c + ε = (√v + ε c) / c
         self._now = rate * correction / (1 - self.betas[0] ** n)
         self._shrink = 1 - rate * self.weight_decay
 
-    def _update(self, p: Array, g: Array, own: list[Array], a: Array, b: Array) -> None:
-        m, v = own
-        if self.weight_decay and self.decoupled:
-            np.multiply(p, self._shrink, out=p)
-        elif self.weight_decay:
-            g = np.add(g, np.multiply(p, self.weight_decay, out=b), out=b)
-        np.subtract(g, m, out=a)
-        np.multiply(a, 1 - self.betas[0], out=a)
-        np.add(m, a, out=m)  # m += (1 - β₁) (g - m)
-        np.multiply(g, g, out=a)
-        np.subtract(a, v, out=a)
-        np.multiply(a, 1 - self.betas[1], out=a)
-        np.add(v, a, out=v)  # v += (1 - β₂) (g² - v)
-        np.sqrt(v, out=a)
-        np.add(a, self._eps, out=a)
-        np.divide(m, a, out=a)
-        np.multiply(a, self._now, out=a)
-        np.subtract(p, a, out=p)
+    def _update(self, p: Array, g: Array, own: list[Array]) -> None:
+        decay, kept = (0.0, self._shrink) if self.decoupled else (self.weight_decay, 1.0)
+        mean, square = own
+        _core.adam(p, g, mean, square, self._now, *self.betas, self._eps, decay, kept)
 
 
 class AdamW(Adam):
