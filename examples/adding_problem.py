@@ -6,7 +6,7 @@ Ollivier 2018), a plain tanh RNN of the same width stands beside it. Fresh rando
 validation scores (2,000 sequences) ends the training at 0.002, 10,000 test sequences are read once. Bar: mean squared error < 0.01 at T = 200.
 
     python examples/adding_problem.py                # T = 200, in five minutes
-    python examples/adding_problem.py --length 400   # the longer run
+    python examples/adding_problem.py --length 400   # the longer run, a minute
 
 Measured (3 seeds, median and worst): T = 200: 0.0011 and 0.0015 after 600 updates (8 s each), the RNN 0.042 after 4,000. T = 400: 0.0009 and 0.0018
 after 600 to 800 updates, the RNN 0.043 after 8,000.
