@@ -53,7 +53,7 @@ def parse(limit: int | None = None) -> list[np.ndarray]:
 
 
 def chorales(limit: int | None = None) -> list[np.ndarray]:
-    """The scores (T, 4); the whole corpus is parsed once (minutes) and cached, `limit` of them are parsed each time."""
+    """The scores (T, 4); the whole corpus is parsed once (a minute) and cached, `limit` of them are parsed each time."""
     if CACHE.exists():
         with np.load(CACHE) as kept:
             return np.split(kept["steps"], np.cumsum(kept["lengths"])[:-1])[:limit]
