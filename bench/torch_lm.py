@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import rnnfast.data as data
 import torch
-from rnnfast.lm import Config
+from rnnfast.lm import RATES, Config
 
 DEFAULTS = Config()
 
@@ -136,9 +136,11 @@ def main(arguments: list[str]) -> int:
     for name in ("layers", "hidden", "embedding", "seq_length", "batch_size", "seed"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(DEFAULTS, name))
     parser.add_argument("--threads", type=int, default=0, help="0: the faster of one and all")
-    for name in ("learning_rate", "clip"):
-        parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(DEFAULTS, name))
-    print(json.dumps(train(parser.parse_args(arguments))))
+    parser.add_argument("--clip", type=float, default=DEFAULTS.clip)
+    parser.add_argument("--learning-rate", type=float, default=None, help="default: rnnfast's for the cell")
+    options = parser.parse_args(arguments)
+    options.learning_rate = options.learning_rate or RATES[options.cell]
+    print(json.dumps(train(options)))
     return 0
 
 
