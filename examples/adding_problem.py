@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from report import arguments, picture, save, verdict
 from rnnfast import LSTM, RNN, Adam, Graph, Linear, mean_squared_error, training
+from rnnfast.models import many_to_one
 
 
 def sequences(rng: np.random.Generator, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,12 +35,7 @@ def sequences(rng: np.random.Generator, length: int, count: int) -> tuple[np.nda
     return x, (0.5 + (x[first, rows, :1] + x[second, rows, :1]) / 4)
 
 
-def last_step(y: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean squared error of the last step alone (many to one): dY is 0 at every other."""
-    loss, d = mean_squared_error(y[-1], target)
-    dy = np.zeros_like(y)
-    dy[-1] = d
-    return loss, dy
+last_step = many_to_one(mean_squared_error)
 
 
 def net(cell: str, length: int, hidden: int, seed: int) -> Graph:

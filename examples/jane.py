@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 from report import arguments, picture, save, verdict
 from rnnfast import LSTM, RNN, Adam, Embedding, Graph, Linear, losses, training
+from rnnfast.models import many_to_one
 
 TEXT = "Jane John Then she he had a quick lunch in the bistro and walked home with an old friend . talked about rain"
 WORDS = TEXT.split(" ")
@@ -41,11 +42,7 @@ def texts(rng: np.random.Generator, gap: int | np.ndarray, count: int, longest: 
     return words, np.take(PRONOUNS, who)
 
 
-def last_word(y: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
-    """Cross-entropy of the last step; dY is 0 before."""
-    dy = np.zeros_like(y)
-    value, dy[-1] = losses.softmax_cross_entropy(y[-1], target)
-    return value, dy
+last_word = many_to_one(losses.softmax_cross_entropy)
 
 
 def right(model: Graph, words: np.ndarray, pronouns: np.ndarray) -> float:
