@@ -86,13 +86,13 @@ def test_python_is_known_to_the_bindings_alone() -> None:
 
 def test_the_equations_stand_once_in_cpp_and_once_in_python() -> None:
     """Nothing but cells.hpp applies an activation, nothing but vec.hpp computes one; in Python nothing but the oracle
-    does.
+    does, and torch's operations where torch is to differentiate or transform them.
     """
     applying = {path.name for path in sources() if re.search(r"\b(sigmoid|tanh)\s*\(", code(path))}
     assert applying == {"cells.hpp", "vec.hpp"}
     assert re.search(r"\b(exp|expf|tanhf?)\s*\(", code(CSRC / "cells.hpp").replace("M::tanh", "")) is None
     in_python = {p.name for p in PACKAGE.glob("*.py") if re.search(r"\bnp\.tanh\b|\b_?sigmoid\(", p.read_text())}
-    assert in_python <= {"reference.py", "conv.py"}  # conv.py's are a feed-forward layer's outputs, no cell's gates
+    assert in_python <= {"reference.py", "conv.py", "torch.py"}  # conv.py's are a feed-forward layer's outputs; torch.py's are to be differentiated
 
 
 def test_every_cell_has_its_line_in_each_list() -> None:

@@ -47,6 +47,7 @@ _LSTM, _GRU = CELLS.index("lstm"), CELLS.index("gru")
 _LAYERS = {"lstm": _LSTM, "gru": _GRU, "rnn_tanh": CELLS.index("rnn_tanh"), "rnn_relu": CELLS.index("rnn_relu")}  # the names in torch._VF
 _ATEN: dict[str, Callable[..., Any]] = {name + suffix: getattr(torch._VF, name + suffix) for name in _LAYERS for suffix in ("", "_cell")}
 _NAMES = {cell: name for name, cell in _LAYERS.items()}
+_TORCHS_STEPS = {cell: _ATEN[name + "_cell"] for name, cell in _LAYERS.items()}
 
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -192,13 +193,16 @@ def _is_torchs(cell: int, x: Tensor, batch_sizes: Any, weights: Sequence[Any], b
     return x.shape[:-1].numel() < 4 if half is torch.float16 else cell != _LSTM or x.dim() == 2
 
 
-def _is_one_big_row(x: Any, h: Any, numbers: int) -> bool:
+_GATES = {_LSTM: 4, _GRU: 3}
+
+
+def _is_one_big_row(cell: int, x: Any, w_ih: Any, numbers: int) -> bool:
     """Whether a single row meets so many numbers of W_ih a gate: torch multiplies it by a matrix as that lies in memory, we would rewrite the matrix for
     one use of it.
     """
-    if not isinstance(x, Tensor) or not isinstance(h, Tensor) or x.dim() == 0 or h.dim() == 0 or x.numel() * h.numel() < numbers:
+    if not isinstance(w_ih, Tensor) or w_ih.numel() < numbers * _GATES.get(cell, 1):
         return False
-    return x.shape[-1] * h.shape[-1] >= numbers and x.numel() == x.shape[-1]
+    return isinstance(x, Tensor) and x.dim() > 0 and x.numel() == x.shape[-1]
 
 
 def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], half: torch.dtype, out: torch.dtype) -> _Result:
@@ -256,7 +260,7 @@ def _layers(
                 lambda x, h, c, w, low: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first, low),
                 x, h, c, weights, half, h.dtype if cell == _GRU else half,
             )  # fmt: skip
-    if cell != _LSTM and _is_one_big_row(x, h, 1 << 18):  # torch's LSTM takes longer
+    if cell != _LSTM and weights and _is_one_big_row(cell, x, weights[0], 1 << 18):  # torch's LSTM takes longer
         return None
     if dropout == 0 or not train or layers == 1:
         return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
@@ -296,9 +300,12 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         with torch.autocast("cpu", enabled=False):
             return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
+    if _is_one_big_row(cell, x, weights[0], 1 << 16):
+        if low or _library is not None:
+            return None
+        result = _TORCHS_STEPS[cell](x, h if c is None else (h, c), *weights)
+        return result if c is not None else (result,)
     if type(x) is not Tensor or x.dim() != 2 or not isinstance(h, Tensor):
-        return None
-    if x.numel() * h.numel() >= 1 << 16 and _is_one_big_row(x, h, 1 << 16):
         return None
     if not low:
         out = _core.stack_forward(cell, 1, 1, False, False, _threads(), _grads(), x, None, h, c, weights)
@@ -316,13 +323,27 @@ _library: Any = None  # torch.library.Library while `install(aten=True)` holds
 
 
 def _by_torch(name: str, *args: Any, **named: Any) -> Any:
-    """torch's own function: under install(aten=True) the kernel behind the operation that we have taken over."""
-    if _library is None or named or _compiles():
+    """torch's own function: under install(aten=True), where nobody watches, straight the kernel behind the operation that we have taken over."""
+    if _library is None or named or not _is_plain():
         return _ATEN[name](*args, **named)
+    return _composite(name, *args)
+
+
+def _composite(name: str, *args: Any) -> Any:
     operation = getattr(torch.ops.aten, name)
     packed = not name.endswith("_cell") and isinstance(args[1 if name == "lstm" else 2], Tensor)
     overload = operation.default if name.endswith("_cell") else operation.data if packed else operation.input
     return overload._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
+
+
+def _taken(name: str) -> Callable[..., Any]:
+    """What the operation runs then: tracing and transforms have had their turn before it."""
+    ours = _OURS[name]
+
+    def kernel(*args: Any) -> Any:
+        return ours(*args) if _is_plain() else _composite(name, *args)
+
+    return kernel
 
 
 def _take_aten() -> None:
@@ -332,10 +353,10 @@ def _take_aten() -> None:
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is overridden is the purpose
-        for name, function in _OURS.items():
+        for name in _OURS:
             for overload in ("",) if name.endswith("_cell") else (".input", ".data"):
                 for key in ("CPU", "AutogradCPU"):
-                    library.impl(name + overload, function, key)
+                    library.impl(name + overload, _taken(name), key)
     _library = library
 
 
@@ -358,6 +379,42 @@ def _is_pair(hx: Any) -> bool:
     return isinstance(hx, (tuple, list)) and len(hx) == 2
 
 
+def _declined(name: str, *args: Any, **named: Any) -> Any:
+    """torch's own function; where it lacks a transform, as vmap of an LSTM, the equations."""
+    try:
+        return _by_torch(name, *args, **named)
+    except RuntimeError as error:
+        if named or (_transforms() is None and forward_ad._current_level < 0):
+            raise
+        try:
+            return _transformed(name, *args)
+        except Exception:
+            raise error from None
+
+
+def _transformed(name: str, *args: Any) -> Any:
+    cell, batch_sizes, layers, dropout, D, batch_first = name.removesuffix("_cell"), None, 1, 0.0, 1, False
+    state: Any
+    if name.endswith("_cell"):
+        x, hx, *weights = args
+        x, state = x[None], [s[None] for s in (hx if name == "lstm_cell" else (hx,))]
+        weights = [w for w in weights if w is not None]
+    else:
+        packed = isinstance(args[1 if name == "lstm" else 2], Tensor)
+        x, batch_sizes, hx, weights, _, layers, dropout, train, bidirectional, batch_first = (*args, False) if packed else (args[0], None, *args[1:])
+        state, D, dropout = hx if name == "lstm" else (hx,), 1 + bidirectional, dropout if train else 0.0
+    each = len(weights) // (layers * D)
+    names = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if each >= 4 else ()), *(("weight_hr",) if each % 2 else ())]
+    ends = [f"_l{layer}" + "_reverse" * d for layer in range(layers) for d in range(D)]
+    w = dict(zip((name + end for end in ends for name in names), weights))
+    h, c = (*state, None)[:2]
+    y, h_T, c_T, _ = _by_operations(cell, x.transpose(0, 1) if batch_first else x, h, c, w, layers, D, batch_sizes, None, None, (), dropout)
+    if name.endswith("_cell"):
+        return h_T[0] if c is None else (h_T[0], c_T[0])
+    y = y.transpose(0, 1) if batch_first else y
+    return (y, h_T) if c is None else (y, h_T, c_T)
+
+
 @_eager
 def _lstm(*args: Any, **named: Any) -> Any:
     if len(args) == 9 and not named:
@@ -370,7 +427,7 @@ def _lstm(*args: Any, **named: Any) -> Any:
             out = _layers(_LSTM, x, None, a[0], a[1], *_last(args[2:]))
         if out is not None:
             return out
-    return _by_torch("lstm", *args, **named)
+    return _declined("lstm", *args, **named)
 
 
 def _layer_function(name: str) -> Callable[..., Any]:
@@ -384,7 +441,7 @@ def _layer_function(name: str) -> Callable[..., Any]:
             out = _layers(cell, x, a, b, None, *_last(args[3:])) if packed else _layers(cell, x, None, a, None, *_last(args[2:]))
             if out is not None:
                 return out
-        return _by_torch(name, *args, **named)
+        return _declined(name, *args, **named)
 
     layer.__name__ = layer.__qualname__ = name
     return layer
@@ -396,7 +453,7 @@ def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh
         out = _cell(_LSTM, input, hx[0], hx[1], (w_ih, w_hh, b_ih, b_hh))
         if out is not None:
             return out
-    return _by_torch("lstm_cell", input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _declined("lstm_cell", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _cell_function(name: str) -> Callable[..., Any]:
@@ -405,7 +462,7 @@ def _cell_function(name: str) -> Callable[..., Any]:
     @_eager
     def step(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         out = _cell(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh))
-        return _by_torch(name + "_cell", input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
+        return _declined(name + "_cell", input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
 
     step.__name__ = step.__qualname__ = name + "_cell"
     return step
@@ -894,13 +951,18 @@ class _Layer(_Ours, nn.RNNBase):
     """What LSTM, GRU and RNN share beyond torch: forward's keywords."""
 
     @_eager
-    def forward(self, input: Any, hx: Any = None, *, reset: Any = None, cells: bool = False) -> Any:
+    def forward(self, input: Any, hx: Any = None, **own: Any) -> Any:  # what exports a model passes everything else by place
         """(y, state) as torch; with `cells` (LSTM) (y, state, c).
 
         reset: bool (T, B), with batch_first (B, T), unbatched (T,), for packed input as of the padded: True starts a row afresh before that step,
             from zeros or the learned initial state, as if the sequence began there (in both directions).
         cells: also return c, every step's cell state of the last layer, laid out as y, D*H wide. No gradient flows through it.
         """
+        reset = cells = None
+        if own:
+            reset, cells = own.pop("reset", None), own.pop("cells", False)
+            for name in own:
+                raise TypeError(f"{self.mode}.forward() got an unexpected keyword argument '{name}'")
         is_torchs = not self._is_own and self._frozen is None and reset is None and not cells
         if _compiles():
             if is_torchs:
@@ -940,7 +1002,7 @@ class _Layer(_Ours, nn.RNNBase):
                 reset = reset[:, None]
             elif self.batch_first:
                 reset = reset.transpose(0, 1)
-        call = _Standin(self, hx, reset, cells)
+        call = _Standin(self, hx, reset, bool(cells))
         out = _forwards_by_standin[self._base](call, input, hx)
         if not cells:
             return out
