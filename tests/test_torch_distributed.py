@@ -26,6 +26,8 @@ from rnnfast.losses import mean_squared_error
 from rnnfast.optim import SGD
 from rnnfast.training import Run, fit, load_checkpoint
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -81,6 +83,12 @@ def worker(rank: int, port: int, folder: Path) -> None:
     rows = slice(4 * rank, 4 * rank + 4)
     found = gradients(DistributedDataParallel(model), tokens[:, rows], tags[:, rows])
     torch.save(found, folder / f"{rank}.pt")
+    sharded = problem()[0]
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (sharded.lstm, sharded):
+        fully_shard(part, mesh=mesh)
+    found = gradients(sharded, tokens[:, rows], tags[:, rows])
+    torch.save([d.full_tensor() for d in found], folder / f"sharded{rank}.pt")
     with fast.Replicas() as replicas:  # of the group that is there
         graph = native(folder / "native", slice(2 * rank, 2 * rank + 2), replicas)
         np.savez(folder / f"{rank}.npz", **graph.state_dict())
@@ -133,10 +141,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_two_processes_get_the_gradients_of_one(folder: Path) -> None:
+@pytest.mark.parametrize("way", ["", "sharded"], ids=["DDP", "FSDP"])
+def test_two_processes_get_the_gradients_of_one(folder: Path, way: str) -> None:
     whole = gradients(*problem())
     for rank in range(2):
-        parts = torch.load(folder / f"{rank}.pt")
+        parts = torch.load(folder / f"{way}{rank}.pt")
         assert len(parts) == len(whole)
         for part, one in zip(parts, whole):
             torch.testing.assert_close(part, one, rtol=1e-12, atol=1e-12)
