@@ -196,13 +196,15 @@ def _is_torchs(cell: int, x: Tensor, batch_sizes: Any, weights: Sequence[Any], b
 _GATES = {_LSTM: 4, _GRU: 3}
 
 
-def _is_one_big_row(cell: int, x: Any, w_ih: Any, numbers: int) -> bool:
-    """Whether a single row meets so many numbers of W_ih a gate: torch multiplies it by a matrix as that lies in memory, we would rewrite the matrix for
-    one use of it.
+def _is_torchs_step(cell: int, x: Any, w_ih: Any, numbers: int) -> bool:
+    """Whether a step over so many numbers of W_ih a gate is torch's: a single row, which it multiplies by a matrix as that lies in memory, while we would
+    rewrite the matrix for one use of it; and of plain RNNs the training of one step, which takes torch a tenth less.
     """
-    if not isinstance(w_ih, Tensor) or w_ih.numel() < numbers * _GATES.get(cell, 1):
+    if not isinstance(w_ih, Tensor) or w_ih.numel() < numbers * _GATES.get(cell, 1) or not isinstance(x, Tensor) or x.dim() == 0:
         return False
-    return isinstance(x, Tensor) and x.dim() > 0 and x.numel() == x.shape[-1]
+    if x.numel() == x.shape[-1]:
+        return True
+    return cell not in _GATES and w_ih.numel() >= 1 << 18 and x.numel() >= 8 * x.shape[-1] and w_ih.requires_grad and _grads()
 
 
 def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], half: torch.dtype, out: torch.dtype) -> _Result:
@@ -260,7 +262,8 @@ def _layers(
                 lambda x, h, c, w, low: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first, low),
                 x, h, c, weights, half, h.dtype if cell == _GRU else half,
             )  # fmt: skip
-    if cell != _LSTM and weights and _is_one_big_row(cell, x, weights[0], 1 << 18):  # torch's LSTM takes longer
+    is_short = cell != _LSTM and batch_sizes is None and isinstance(x, Tensor) and x.dim() == 3 and x.shape[batch_first] == 1  # torch's LSTM takes longer
+    if is_short and weights and _is_torchs_step(cell, x, weights[0], 1 << 18):
         return None
     if dropout == 0 or not train or layers == 1:
         return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
@@ -300,7 +303,7 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         with torch.autocast("cpu", enabled=False):
             return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
-    if _is_one_big_row(cell, x, weights[0], 1 << 16):
+    if _is_torchs_step(cell, x, weights[0], 1 << 16):
         if low or _library is not None:
             return None
         result = _TORCHS_STEPS[cell](x, h if c is None else (h, c), *weights)
