@@ -9,6 +9,9 @@ Honest about the naive baseline: tomorrow's price is today's (return 0) is as go
 forecast is volatility. Bar: the median net's error in log |return| over the best naive one's (mean of the last 1, 5, 20 or 60 days, the constant
 mean), for the LSTM: ratio < 1.
 
+Measured (3 seeds, 14 s of one core; medians of the ratios): return 0.997 (LSTM) to 1.021; log |return| LSTM 0.969, TDNN 0.971, RNN 0.976, with skips
+0.985, NARX 1.012: the last one is no better than a mean of 20 days.
+
     python examples/tdnn_stocks.py
 """
 
@@ -115,7 +118,7 @@ def main(given: Sequence[str] | None = None) -> float:
     naive = {"price of today (return 0)": (error(np.zeros(1), 0), np.nan), "constant mean": (error(middle[:1], 0), error(middle[1:], 1))}
     naive |= {f"mean of {n} days": (np.nan, error(values, 1)) for n, values in means.items()}
     bars = naive["price of today (return 0)"][0], min(v for _, v in naive.values() if v == v)
-    print(f"{len(x):,} days, {len(x) - ends[1]} of them to test; root mean square errors of the next day's")
+    print(f"{len(x):,} days, {len(x) - ends[1]} of them to test; root mean square errors of the next day's (nets: medians of the seeds)")
     for name, (a, b) in naive.items():
         print(f"    {name:28} return {a:7.4f} %, log |return| {b:.4f}")
     ratios: dict[str, list[tuple[float, float]]] = {}
@@ -129,6 +132,7 @@ def main(given: Sequence[str] | None = None) -> float:
             a, b = error(y[:, 0], 0), error(y[:, 1], 1)
             ratios.setdefault(name, []).append((a / bars[0], b / bars[1]))
         median = np.median(ratios[name], axis=0)
+        a, b = median * bars
         print(f"    {name:28} return {a:7.4f} %, log |return| {b:.4f}; ratios to the naive ones {median[0]:.4f}, {median[1]:.4f}")
     if args.figure:
         figure = picture(8, 3.5)

@@ -14,7 +14,7 @@ sees 16 words through two gated layers; with one tanh layer over 5 words, as in 
 
 The nets are trained in two processes side by side, of one thread each: 200 s the LSTM, 221 s the TDNN.
 
-Measured: Kneser-Ney 51.4; LSTM median 40.5, worst 40.9 of 3 seeds, TDNN 48.1 (one seed).
+Measured: Kneser-Ney 51.4; LSTM median 40.5, worst 40.9 of 3 seeds, TDNN 48.1, 48.2.
 
     python examples/words_lm.py                                    # one seed: four minutes of two cores
     python examples/words_lm.py --seeds 3 --keep words.json        # three; cut off, it goes on from what the file holds
