@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rnnfast import NARX
+from rnnfast import NARX, Graph, Linear
 from rnnfast.narx import Feedback, evolve, forecast
 
 
@@ -52,6 +52,21 @@ def test_fed_with_what_it_says_itself_truth_and_own_outputs_are_one():
     net.origin = 0
     np.testing.assert_allclose(net(xd)[0][0], net.layer(np.ascontiguousarray(xd[:1, :, :2]))[0][0], rtol=1e-12)
     assert zero.shape == (6, 3, 2)
+
+
+@pytest.mark.parametrize("mode", ["true", "own", "error"])
+def test_a_net_with_its_feedback_is_a_node_of_a_graph(mode):
+    alone, inside, rng = model(mode, 4), model(mode, 4), np.random.default_rng(0)
+    xd, dy = rng.standard_normal((7, 3, 4)), rng.standard_normal((7, 3, 2))
+    net = Graph({"narx": (inside, "xd"), "y": (Linear(2, 2, bias=False, dtype="float64", seed=0), "narx")})
+    net["y"].parameters()["weight"][...] = np.eye(2)
+    y, state = net(xd)
+    net.backward(dy)
+    np.testing.assert_array_equal(y, alone(xd)[0])
+    alone.backward(dy)
+    np.testing.assert_array_equal(inside.layer.flat_gradient, alone.layer.flat_gradient)
+    later = rng.standard_normal((2, 3, 4))
+    np.testing.assert_array_equal(net(later, state)[0], alone(later, state["narx"])[0])
 
 
 def test_error_feedback_is_its_definition():
