@@ -285,14 +285,17 @@ struct Sequence {
     join();
   }
 
-  // The sums' slots that these weights make: a = first + from·W or a += from·W, for all of this worker's units.
-  void affine(const Forward& f, const Gates& g, int64_t count, const T* const* from, const T* first, T* const* to) const {
+  // The sums' slots that these weights make: a = first + from·W or a += from·W, for all of this worker's units. Steps go `down` the panels
+  // and up in turn, so that each begins with those that the one before has left in cache.
+  void affine(const Forward& f, const Gates& g, int64_t count, const T* const* from, const T* first, T* const* to,
+              bool down = false) const {
     if (g.K == 0 && !first) return;  // a dense layer: no recurrence
     const Panels<T> p(units_of(blocks), g.slots, elements(g.K));
     const int64_t width = g.first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
     const T* const* rows_in = multiply.encode(g.K, count, from, f.encoded.numbers, f.encoded.rows);
-    for (int64_t panel = 0; panel < p.count(); ++panel) {
+    for (int64_t i = 0; i < p.count(); ++i) {
+      const int64_t panel = down ? p.count() - 1 - i : i;
       const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L, block = g.packed ? p.K : multiply.block(p.K, GATE_BLOCK);
       int64_t k = 0;
       do {
@@ -390,7 +393,7 @@ struct Sequence {
       if (resets_at(t, r)) f.h_prev[r] = in(j.fresh_h), f.c_prev[r] = in(j.fresh_c);
       f.to[i] = a + i * row_size;
     }
-    affine(f, f.h_early, n, f.h_prev + run.begin, nullptr, f.to);
+    affine(f, f.h_early, n, f.h_prev + run.begin, nullptr, f.to, s % 2);
     if constexpr (RESETS_FIRST) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
@@ -399,7 +402,7 @@ struct Sequence {
         f.from[i] = q;
       }
       sync();
-      affine(f, f.h_late, n, f.from, nullptr, f.to);
+      affine(f, f.h_late, n, f.from, nullptr, f.to, s % 2);
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
@@ -694,7 +697,7 @@ struct Sequence {
     if constexpr (RESETS_FIRST) {
       sync();
       for (int64_t i = 0; i < n; ++i) f.from[i] = da + i * da_pitch() + LATE * H, f.to[i] = f.dq + (run.begin + i) * Hp;
-      send_back(f, f.w_late, n, f.zeros, first, true);
+      send_back(f, f.w_late, n, f.zeros, first, true, s % 2);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t r = run.begin + i;
         const T *kept_from = kept_row(f, t, r), *c_prev = c_before(s, r);
@@ -712,7 +715,7 @@ struct Sequence {
       f.from[i] = da + i * da_pitch() + EARLY * H;
       f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
     }
-    send_back(f, f.w_early, n, j.taps > 1 ? nullptr : f.zeros, h_first, false);
+    send_back(f, f.w_early, n, j.taps > 1 ? nullptr : f.zeros, h_first, false, s % 2);
     if (j.reset) {
       for (int64_t r = run.begin; r < run.end; ++r) {
         const int64_t event = j.reset[t * j.B + j.index[r]];
@@ -727,7 +730,7 @@ struct Sequence {
   }
 
   // to[r][at ..] = first + from[r]·W (or +=) over all panels of c; `padded` where the destination holds whole registers.
-  void send_back(const Backward& f, const Columns& c, int64_t n, const T* first, int64_t at, bool padded) const {
+  void send_back(const Backward& f, const Columns& c, int64_t n, const T* first, int64_t at, bool padded, bool down = false) const {
     if (c.width == 0) return;
     const int64_t K = height(c);
     const Panels<T> p(c.width, 1, elements(K));
@@ -737,7 +740,8 @@ struct Sequence {
     int64_t k = 0;
     do {  // blocks outside: a row of the weights is read from one end to the other
       const int64_t end = least(p.K, k + block);
-      for (int64_t panel = 0; panel < p.count(); ++panel) {
+      for (int64_t i = 0; i < p.count(); ++i) {
+        const int64_t panel = down ? p.count() - 1 - i : i;
         if (!c.packed) multiply.rows(p, panel, least(K, end * depth) - k * depth, f.line + k * depth, f.panel);
         multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, end - k, from, k, 1, c.packed ? c.packed + p.at(panel) : f.panel,
                           k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L);

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     from .lm import CELLS, RATES, Config
 
     d = Config()
+    rates = ", ".join(f"{rate:g} for {cell}" for cell, rate in RATES.items())
     top = _Parser(prog="rnnfast", description="Fast recurrent networks. See `rnnfast lm train --help`.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seq-length", metavar="T", type=_whole(1), help=f"steps of truncated BPTT (default: {d.seq_length})")
     add("--batch-size", metavar="B", type=_whole(1), help=f"places read at once (default: {d.batch_size})")
     add("--steps", metavar="N", type=_whole(1), help=f"updates; the rate falls to 0 over them (default: {d.steps})")
-    add("--learning-rate", metavar="X", type=_above_0, help=f"of Adam at the start (default: {', '.join(f'{rate:g} for {cell}' for cell, rate in RATES.items())})")
+    add("--learning-rate", metavar="X", type=_above_0, help=f"of Adam at the start (default: {rates})")
     add("--clip", metavar="X", type=_above_0, help=f"largest norm of the gradients (default: {d.clip:g})")
     add("--seed", metavar="S", type=_whole(0), help=f"of the weights, dropout and samples (default: {d.seed})")
     add("--every", metavar="K", type=_whole(1), help="steps between rows of history.csv (default: steps/15, <= 250)")
