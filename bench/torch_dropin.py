@@ -3,10 +3,10 @@
     python bench/torch_dropin.py [--threads 1] [--quick] [--only TEXT] [--out FILE [--seconds N]]
 
 Latency of one step (T = 1, B = 1, H = 16) against its budgets; then layers and cells over a grid of T, B and H, inference and training (forward and
-backward); packed training; halves; a model with torch's layers around ours. One JSON line a measurement: torch's seconds, ours under install() and
-as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is faster), medians over interleaved blocks. At
-the end, what falls short: a ratio below 1, or seconds above a budget. With --out the lines go to a file too, and what it has already is not measured
-again, so that --seconds splits the whole into runs of that length.
+backward); packed training; halves; a model with torch's layers around ours; training beside rnnfast's own layers. One JSON line a measurement:
+torch's seconds, ours under install() and as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is
+faster), medians over interleaved blocks. At the end, what falls short: a ratio below 1 (of rnnfast's own layers 0.95), or seconds above a budget.
+With --out the lines go to a file too, and what it has already is not measured again, so that --seconds splits the whole into runs of that length.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import rnnfast
 import rnnfast.torch as fast
 import torch
 from torch import nn
@@ -59,19 +61,38 @@ class Table:
 
     def compare(self, name: str, module: nn.Module, run: Run, budget: dict[str, float] | None = None, least: float = 1.0, tolerance: float = 1e-3) -> None:
         """torch, ours under install, ours as a module, and frozen where no gradient is wanted; budget: seconds that a side may take at most."""
-        if self.only not in name:
-            return
-        line = self.done.get(name)
+        line = self.wanted(name)
         if line is None:
-            if time.perf_counter() > self.end:
-                self.left += 1
-                return
-            line = self.measure(name, module, run, tolerance)
+            return
+        line = line or self.measure(name, module, run, tolerance)
         if line["ratio"] < least:
             self.short.append(f"{name}: {line['ratio']:.2f} times torch's speed, less than {least:g}")
         for side, most in (budget or {}).items():
             if line[side] > most:
                 self.short.append(f"{name}, {side}: {line[side] * 1e6:.1f} us, more than {most * 1e6:.0f}")
+
+    def beside(self, name: str, module: nn.Module, run: Run, native: Callable[[], Any]) -> None:
+        """Our module and the same in rnnfast's own layers; the ratio is native / module."""
+        line = self.wanted(name)
+        if line is None:
+            return
+        if not line:
+            sides: dict[str, list[float]] = {"native": [], "module": []}
+            for _ in range(self.rounds):
+                sides["native"].append(block(lambda _: native(), module, self.seconds))
+                sides["module"].append(block(run, module, self.seconds))
+            line = self.keep(name, sides, statistics.median(a / b for a, b in zip(sides["native"], sides["module"])))
+        if line["ratio"] < 0.95:
+            self.short.append(f"{name}: {line['ratio']:.2f} times the speed of rnnfast's own layer, less than 0.95")
+
+    def wanted(self, name: str) -> dict[str, Any] | None:
+        """A line that is there already, an empty one to be measured, or None."""
+        if self.only not in name:
+            return None
+        if name not in self.done and time.perf_counter() > self.end:
+            self.left += 1
+            return None
+        return self.done.get(name, {})
 
     def measure(self, name: str, module: nn.Module, run: Run, tolerance: float) -> dict[str, Any]:
         ours = fast.convert(copy.deepcopy(module))
@@ -86,8 +107,11 @@ class Table:
             sides["module"].append(block(run, ours, self.seconds))
             if frozen is not None:
                 sides.setdefault("frozen", []).append(block(run, frozen, self.seconds))
+        return self.keep(name, sides, statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"])))
+
+    def keep(self, name: str, sides: dict[str, list[float]], ratio: float) -> dict[str, Any]:
+        """Prints a line, and writes it down."""
         seconds_of = {side: statistics.median(took) for side, took in sides.items()}
-        ratio = statistics.median(t / o for t, o in zip(sides["torch"], sides["installed"]))
         line = {"name": name, "threads": torch.get_num_threads(), **seconds_of, "ratio": round(ratio, 2)}
         print(json.dumps(line), flush=True)
         if self.out is not None:
@@ -161,6 +185,26 @@ def halves(table: Table) -> None:
             table.compare(f"{kind} T={T} B={B} H={H} bfloat16 training", copy.deepcopy(layer).bfloat16(), low, tolerance=0.05)
 
 
+def natives(table: Table) -> None:
+    """What torch's tensors and graph add to the kernels."""
+    rnnfast.set_num_threads(torch.get_num_threads())
+    for kind in ("LSTM", "GRU", "RNN"):
+        for T, B, H in ((100, 8, 64), (100, 32, 128), (100, 64, 256)):
+            module, x = getattr(fast, kind)(H, H), torch.randn(T, B, H)
+            native = getattr(rnnfast, kind)(H, H)
+            native.load_state_dict({name: p.detach().numpy() for name, p in module.state_dict().items()})
+            dy = np.ones((T, B, H), np.float32)
+
+            def step(native: Any = native, x: torch.Tensor = x, dy: Any = dy) -> Any:
+                native.zero_gradients()
+                y, _ = native(x.numpy())
+                native.backward(dy)
+                return y
+
+            torch.testing.assert_close(torch.from_numpy(step().copy()), module(x)[0].detach(), rtol=1e-4, atol=1e-4)
+            table.beside(f"{kind} T={T} B={B} H={H} training beside rnnfast's own", module, training(x), step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -193,6 +237,7 @@ def main() -> None:
         return [y.detach(), *(p.grad for p in m.parameters())]
 
     table.compare("Linear, LSTM, Linear, softmax: T=50 B=32 H=128 training", model, mixed)
+    natives(table)
     print("\n".join(["short of what is wanted:", *(table.short or ["nothing"]), *([f"{table.left} not measured yet"] if table.left else [])]))
 
 

@@ -469,7 +469,8 @@ def test_transforms_can_do_what_torchs_can_and_what_they_lack(transform: str, na
     x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
     run, plain = TRANSFORMS[transform]
     expected = plain(a, x)
-    torch.testing.assert_close(run(b, x), expected, rtol=2e-5, atol=2e-5)
+    for m in (b, fast.compilable(copy.deepcopy(a))):
+        torch.testing.assert_close(run(m, x), expected, rtol=2e-5, atol=2e-5)
     for aten in (False, True):
         with fast.installed(aten):
             torch.testing.assert_close(run(a, x), expected, rtol=2e-5, atol=2e-5)

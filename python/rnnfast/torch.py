@@ -1187,6 +1187,9 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def convert(model: _Model) -> _Model:
     """Gives every torch.nn recurrent module of a model, the model itself too, our class: in place, parameters and hooks untouched.
 
+    What goes by a module's exact class passes over ours: quantize `to_torch(model)`, and pickle it where rnnfast will not be. Users' subclasses of
+    torch's classes are left as they are; `install` covers them.
+
     >>> type(convert(nn.Sequential(nn.GRU(3, 4)))[0]) is GRU
     True
     """
@@ -1387,6 +1390,8 @@ class Compilable(nn.Module):
         cell_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
         self.names = list(cell_names if self.is_cell else self._flat_weights_names)
 
+    reset_parameters = nn.RNNBase.reset_parameters
+
     def flatten_parameters(self) -> None:
         """As torch's layers have it, nothing here."""
 
@@ -1437,6 +1442,15 @@ class Compilable(nn.Module):
 
     def _stack(self, batch_sizes: Tensor | None, x: Tensor, h: Tensor, c: Tensor | None, weights: list[Tensor], low: bool) -> tuple[Tensor, ...]:
         op, D, batch_first, train = torch.ops.rnnfast.stack, self.directions, self.batch_first and batch_sizes is None, torch.is_grad_enabled()
+        if not _compiles() and (_transforms() is not None or _trace() is not None or forward_ad._current_level >= 0):
+            name, state = _NAMES[self.cell], h if c is None else (h, c)
+            if self.is_cell:
+                step = _declined(name + "_cell", x, state, *weights)
+                return (step[0], *step) if c is not None else (step, step, step)
+            given = (x, state) if batch_sizes is None else (x, batch_sizes, state)
+            last = (batch_first,) if batch_sizes is None else ()
+            y, *ends = _declined(name, *given, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional, *last)
+            return y, ends[0], ends[-1]
         if self.dropout == 0 or not self.training or self.num_layers == 1:
             y, h_T, c_T, _ = op(x, batch_sizes, h, c, weights, self.cell, self.num_layers, D, batch_first, low, train)
             return y, h_T, c_T
