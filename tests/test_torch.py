@@ -186,6 +186,19 @@ def test_states_may_be_lists_aliases_views_or_strided() -> None:
     same(a, b, lambda m, v: m(torch.complex(v[0], v[0]).conj().imag), [x], 2e-5)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_lie_in_memory_as_torchs(name: str) -> None:
+    """With batch_first time comes first all the same, so that y.transpose(0, 1).view(...) works."""
+    a, b = twins(name, 3, 5, 2, bidirectional=True, batch_first=True)
+    x = torch.randn(4, 6, 3)
+    for m in (a, b, fast.freeze(copy.deepcopy(a)), fast.compilable(copy.deepcopy(a)), torch.compile(fast.compilable(copy.deepcopy(a)), backend="aot_eager")):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                y, *state = flat(m(x))
+                assert y.stride() == (10, 40, 1) and all(s.is_contiguous() for s in state)
+                y.transpose(0, 1).view(24, 10)
+
+
 def test_results_may_be_written_to_before_backward() -> None:
     a, b = twins("GRU", 3, 5, dtype=torch.float64)
 
@@ -545,6 +558,9 @@ def test_the_custom_operation_passes_opcheck(name: str) -> None:
     c = states[1] if m.paired else None
     weights = [getattr(m, n) for n in m.names]
     torch.library.opcheck(torch.ops.rnnfast.stack.default, (x, None, states[0], c, weights, m.cell, 1, 1, False, False, True))
+    if name in LAYERS:  # (B, T, I)
+        turned = (x.detach().transpose(0, 1).contiguous(), None, states[0], c, weights, m.cell, 1, 1, True, False, True)
+        torch.library.opcheck(torch.ops.rnnfast.stack.default, turned, test_utils=("test_faketensor", "test_aot_dispatch_dynamic"))
     y, h_T, c_T, tape = torch.ops.rnnfast.stack(x, None, states[0], c, weights, m.cell, 1, 1, False, False, True)
     ends = (None if name in CELLS else torch.ones_like(h_T), torch.ones_like(c_T) if m.paired else None)
     backward = (x, None, states[0], c, weights, tape.detach(), torch.ones_like(y), *ends, m.cell, 1, 1, False, False)

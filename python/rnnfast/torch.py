@@ -1271,7 +1271,9 @@ def _stack_fake(
     batch_first: bool, low: bool, train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     single = batch_sizes is None and x.dim() == 2
-    y = x.new_empty((*x.shape[:-1], directions * h.shape[-1]))
+    swapped = batch_first and not single and batch_sizes is None
+    y = x.new_empty((*(x.shape[1::-1] if swapped else x.shape[:-1]), directions * h.shape[-1]))
+    y = y.transpose(0, 1) if swapped else y  # as torch's
     h_T = x.new_empty(0) if single else h.new_empty(h.shape)
     c_T = x.new_empty(0) if c is None else c.new_empty(c.shape)
     size = sum(_rounded(n) for n in _tape_sizes(x, h, weights, layers, directions, cell)) if train else 0
