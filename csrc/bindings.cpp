@@ -1003,8 +1003,8 @@ struct Stack {
   std::vector<int64_t> tapes_;  // where each one ends
 };
 
-// A new tensor of the library's own.
-py::object fresh(const Stack& s, std::initializer_list<int64_t> shape, void** data) {
+// A new tensor of the library's own; swapped: of three axes first two change places, and it lies in the order given.
+py::object fresh(const Stack& s, std::initializer_list<int64_t> shape, void** data, bool swapped = false) {
   DLTensor like{};
   like.device = CPU, like.ndim = static_cast<int32_t>(shape.size());
   like.code = FLOAT, like.bits = s.x.bits, like.lanes = 1;
@@ -1014,6 +1014,13 @@ py::object fresh(const Stack& s, std::initializer_list<int64_t> shape, void** da
   const auto no_memory = [](void*, const char*, const char*) {};
   if (exchange->allocate(&like, &made, nullptr, no_memory) != 0) throw std::bad_alloc();
   *data = static_cast<char*>(made->tensor.data) + made->tensor.offset;
+  int64_t seen[3], steps[3];  // read once, by to_object
+  if (swapped) {
+    const int64_t* n = shape.begin();
+    seen[0] = n[1], seen[1] = n[0], seen[2] = n[2];
+    steps[0] = n[2], steps[1] = n[1] * n[2], steps[2] = 1;
+    made->tensor.shape = seen, made->tensor.strides = steps;
+  }
   if (exchange->to_object(made, &object) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
@@ -1058,9 +1065,8 @@ py::object forward(Stack& s) {
   void *y = nullptr, *h_T = nullptr, *c_T = nullptr, *tape = nullptr;
   const int64_t width = s.D * s.R;
   const bool packed = s.layout.packed;
-  py::object y_object = packed || s.single ? fresh(s, {s.tokens, width}, &y)
-                        : s.batch_first    ? fresh(s, {s.B, s.T, width}, &y)
-                                           : fresh(s, {s.T, s.B, width}, &y);
+  py::object y_object =
+      packed || s.single ? fresh(s, {s.tokens, width}, &y) : fresh(s, {s.T, s.B, width}, &y, s.batch_first);  // as torch's
   py::object h_object = s.single ? py::none() : fresh(s, {s.L * s.D, s.B, s.R}, &h_T);
   py::object c_object = s.kind != LSTM ? py::none() : s.single ? fresh(s, {s.B, s.H}, &c_T) : fresh(s, {s.L * s.D, s.B, s.H}, &c_T);
   py::object tape_object = s.grad ? pooled(s, s.tape_elements(), &tape) : py::none();
@@ -1071,7 +1077,7 @@ py::object forward(Stack& s) {
     const Lent first(between ? bytes : 0), second(between && s.L > 2 ? bytes : 0);
     Tokens below = s.strided(s.x);
     for (int64_t l = 0; l < s.L; ++l) {
-      Tokens out = s.side_by_side(y, width, s.batch_first);
+      Tokens out = s.side_by_side(y, width, false);
       if (l < s.L - 1) out = s.side_by_side(tape ? s.at(tape, s.y_at(l)) : (l % 2 ? second : first).buffer.data(), width, false);
       for (int64_t d = 0; d < s.D; ++d) {
         const int64_t k = l * s.D + d;
@@ -1174,7 +1180,7 @@ py::object backward(Stack& s, Py_ssize_t count) {
         const int64_t k = l * s.D + d;
         Job& j = s.jobs[static_cast<size_t>(k)];
         j.x = l == 0 ? s.strided(s.x) : s.side_by_side(s.at(tape.data, s.y_at(l - 1)), width, false);
-        j.y = s.part(s.side_by_side(s.at(tape.data, s.y_at(l)), width, l == s.L - 1 && s.batch_first), d * s.R);
+        j.y = s.part(s.side_by_side(s.at(tape.data, s.y_at(l)), width, false), d * s.R);
         j.tape = s.at(tape.data, s.tape_at(k));
         j.dy = s.part(dy, d * s.R);
         if (below) j.dx = s.side_by_side(d == 0 ? below : other.buffer.data(), in, first);

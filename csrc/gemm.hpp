@@ -305,10 +305,6 @@ __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t colu
       T* out = to + m * elements + k0 / D * P;
       const T* in = from + k0 * pitch + m;
       const int64_t valid = least(P, columns - m);
-      if (D == 1 && valid == P) {
-        for (int64_t k = k0; k < k1; ++k, out += P, in += pitch) memcpy(out, in, P * sizeof(T));
-        continue;
-      }
       for (int64_t k = k0; k < k1; k += D, out += P, in += D * pitch)
         for (int64_t i = 0; i < P; i += L) {
           const int n = static_cast<int>(least(L, valid - i));
@@ -372,7 +368,7 @@ class Products {
     visit([&](auto e) { pack_rows<decltype(e)>(p, panel, K, row, to); });
   }
   void columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) const {
-    visit([&](auto e) { pack_columns<decltype(e)>(m0, m1, columns, K, from, pitch, to); });
+    if constexpr (sizeof(T) == sizeof(float)) pack_columns<Halves>(m0, m1, columns, K, from, pitch, to);  // numbers themselves need none
   }
 
  private:

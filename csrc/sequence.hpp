@@ -42,6 +42,11 @@ struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
+template <class P>
+RNNFAST_INLINE void swap(P& a, P& b) {
+  const P c = a;
+  a = b, b = c;
+}
 RNNFAST_INLINE Range share(int64_t n, int64_t i, int64_t parts) { return {n * i / parts, n * (i + 1) / parts}; }
 
 template <class Cell, class T>
@@ -458,8 +463,9 @@ struct Sequence {
     Encoded encoded;
     T *dh, *dc;               // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
     T *dhidden, *dq;          // [row][Hp]
-    T *da, *dy_total;         // [token of a chunk][da_pitch], [token of a chunk][R padded]
-    T *a_packed, *dy_packed;  // daᵀ, dy_totalᵀ for products over tokens
+    T *da, *dy_total;         // [token of a chunk][da_pitch], [token of a chunk][dy_pitch]
+    T *da_next, *dy_next;     // the next chunk's: a faster worker may write them while a slower one reads this chunk's
+    T *a_packed, *dy_packed;  // daᵀ, dy_totalᵀ for products over tokens, where these are not of the numbers themselves
     T* operand[4];            // packed x, h_{t-1}, q, hidden
     Forward again;            // with `recompute`
     T* kept;                  // [token of a chunk][pitch], likewise
@@ -515,10 +521,10 @@ struct Sequence {
     f.dc = arena.take<T>(j.B * Hp);
     f.dhidden = arena.take<T>(j.projected ? j.B * Hp : 0);
     f.dq = arena.take<T>(RESETS_FIRST ? j.B * Hp : 0);
-    f.da = arena.take<T>(tokens * da_pitch());
-    f.dy_total = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
-    f.a_packed = arena.take<T>((PRE * H + PACKED_ROWS) * elements(tokens));
-    f.dy_packed = arena.take<T>(j.projected ? (j.R + PACKED_ROWS) * elements(tokens) : 0);
+    f.da = arena.take<T>(tokens * da_pitch()), f.da_next = arena.take<T>(tokens * da_pitch());
+    f.dy_total = arena.take<T>(j.projected ? tokens * dy_pitch() : 0), f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
+    f.a_packed = arena.take<T>(multiply.exact() ? 0 : (PRE * H + PACKED_ROWS) * elements(tokens));
+    f.dy_packed = arena.take<T>(multiply.exact() || !j.projected ? 0 : (j.R + PACKED_ROWS) * elements(tokens));
     for (int i = 0; i < 4; ++i)
       f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, elements(tokens)).size() : 0);
     f.kept = nullptr;
@@ -598,9 +604,10 @@ struct Sequence {
       gather(f, t0, t1, tokens);
       input_gradient(f, t0, t1, base, tokens);
       if (tokens > 0) vector_gradients(f, t0, t1, tokens, fresh);
-      join();  // from here on da may be overwritten by a faster worker's next chunk
+      join();
       if (tokens > 0) parameter_gradients(f, tokens, fresh);
       fresh = fresh && tokens == 0;
+      swap(f.da, f.da_next), swap(f.dy_total, f.dy_next);
     }
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Range h = h_blocks();
@@ -750,15 +757,15 @@ struct Sequence {
     } while (k < p.K);
   }
 
-  // Side by side for the products over a chunk's tokens: daᵀ and the operands. Each worker packs its share.
+  // Side by side for the products over a chunk's tokens: the operands, and daᵀ unless its own numbers are multiplied. Each worker packs its
+  // share.
   void gather(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
-    const int64_t tiles = ceil_div(PRE * H, PACKED_ROWS);
-    const Range own = share(tiles, w.id, w.count);
-    multiply.columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, PRE * H), PRE * H, tokens, f.da, da_pitch(), f.a_packed);
-    if (j.projected) {
-      const Range part = share(ceil_div(j.R, PACKED_ROWS), w.id, w.count);
-      multiply.columns(part.begin * PACKED_ROWS, least(part.end * PACKED_ROWS, j.R), j.R, tokens, f.dy_total, dy_pitch(), f.dy_packed);
-    }
+    const auto columns = [&](int64_t count, const T* from, int64_t pitch, T* to) {
+      const Range own = share(ceil_div(count, PACKED_ROWS), w.id, w.count);
+      multiply.columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, count), count, tokens, from, pitch, to);
+    };
+    if (!multiply.exact()) columns(PRE * H, f.da, da_pitch(), f.a_packed);
+    if (!multiply.exact() && j.projected) columns(j.R, f.dy_total, dy_pitch(), f.dy_packed);
     int64_t turn = 0;  // panels of all operands in turn
     for (int i = 0; i < 4; ++i) {
       if (operand_width(i) == 0) continue;
@@ -838,14 +845,16 @@ struct Sequence {
   }
 
   // dW += daᵀ·operand for slots [s0, s1): rows of the weights are split among the workers.
-  void weight_gradient(const Backward& f, int operand, const T* a_packed, int64_t m0, int64_t m1, int64_t tokens, void* weights,
-                       bool by_gate, bool fresh) const {
+  void weight_gradient(const Backward& f, int operand, int64_t m0, int64_t m1, int64_t tokens, void* weights, bool by_gate,
+                       bool fresh) const {
     const int64_t width = operand_width(operand);
     const Range tiles = share(ceil_div(m1 - m0, PACKED_ROWS), w.id, w.count);
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
     if (!weights || begin >= end) return;
+    const T *const a = by_gate ? f.da : f.dy_total, *const packed = by_gate ? f.a_packed : f.dy_packed;
+    const int64_t step = !multiply.exact() ? PACKED_ROWS : by_gate ? da_pitch() : dy_pitch();
     for (int64_t m = begin; m < end; ++m) {
-      f.from[m - begin] = a_packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
+      f.from[m - begin] = multiply.exact() ? a + m : packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
     }
     const Panels<T> p(width, 1, elements(tokens));
@@ -855,15 +864,15 @@ struct Sequence {
     const int64_t height = small ? 4 : end - begin;
     for (int64_t m = 0; m < end - begin; m += height)
       for (int64_t panel = 0; panel < p.count(); ++panel)
-        multiply.multiply(p.nv(panel), p.tail(panel), least(height, end - begin - m), p.K, f.from + m, 0, PACKED_ROWS,
+        multiply.multiply(p.nv(panel), p.tail(panel), least(height, end - begin - m), p.K, f.from + m, 0, step,
                           f.operand[operand] + p.at(panel), first, f.to + m, panel * MAX_NV * L);
   }
 
   void parameter_gradients(const Backward& f, int64_t tokens, bool fresh) const {
-    weight_gradient(f, 0, f.a_packed, 0, X * H, tokens, j.dw_ih, true, fresh);
-    weight_gradient(f, 1, f.a_packed, EARLY * H, LATE * H, tokens, j.dw_hh, true, fresh);
-    if constexpr (RESETS_FIRST) weight_gradient(f, 2, f.a_packed, LATE * H, PRE * H, tokens, j.dw_hh, true, fresh);
-    if (j.projected) weight_gradient(f, 3, f.dy_packed, 0, j.R, tokens, j.dw_hr, false, fresh);
+    weight_gradient(f, 0, 0, X * H, tokens, j.dw_ih, true, fresh);
+    weight_gradient(f, 1, EARLY * H, LATE * H, tokens, j.dw_hh, true, fresh);
+    if constexpr (RESETS_FIRST) weight_gradient(f, 2, LATE * H, PRE * H, tokens, j.dw_hh, true, fresh);
+    if (j.projected) weight_gradient(f, 3, 0, j.R, tokens, j.dw_hr, false, fresh);
   }
 };
 
