@@ -133,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> float:
             (axes[2, 0], by_lag, "|dDIV/dstate| by lag"),
             (axes[2, 1], jacobians, "|dstate_t/dstate_0|"),
             (axes[2, 2], {f"radius {r}": v for r, v in sweep.items()}, "|dh_t/dh_0|, tanh RNN"),
-            (axes[2, 3], forgets, "trace of the first input in h_t"),
+            (axes[2, 3], forgets, "trace of the input x_0"),
         ):
             for name, values in curves.items():
                 axis.plot(values, label=name)
