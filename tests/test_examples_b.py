@@ -114,6 +114,7 @@ def test_what_is_kept_is_not_worked_out_again(monkeypatch, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         report.Kept(path)("seed 1", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     again = report.Kept(path)
+    assert "seed 0" in again and "seed 1" not in again
     assert again("seed 0", lambda: pytest.fail("worked out again")) == first
     assert again("seed 1", lambda: 1) == 1 and report.Kept(path)("seed 1", lambda: 2) == 1
     assert report.Kept(None)("seed 0", lambda: 3) == 3
