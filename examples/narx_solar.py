@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import weather
 from report import arguments, picture, save, verdict
-from rnnfast import NARX, Adam, clip_global_norm, mean_squared_error, optim
+from rnnfast import NARX, Adam, Graph, clip_global_norm, mean_squared_error, optim
 from rnnfast.narx import Feedback, evolve
 
 AHEAD, TAPS = 24, 25  # steps of the closed loop, output taps
@@ -48,7 +48,13 @@ def windows(x: np.ndarray, d: np.ndarray, month: np.ndarray, months: Sequence[in
     return np.concatenate((x[rows], d[rows]), axis=-1)
 
 
-def fit(model: Feedback, data: np.ndarray, held: np.ndarray, steps: int, rate: float, rng: np.random.Generator) -> None:
+def net(hidden: int, seed: int, taps: tuple[int, int] = (2, TAPS), mode: str = "true", origin: int | None = None) -> Graph:
+    """The NARX with its input and output taps; its input "xd" is x and d side by side, and what of d it reads is `mode`'s and `origin`'s."""
+    narx = NARX(6, 2, hidden, input_taps=taps[0], output_taps=taps[1], seed=seed)
+    return Graph({"y": (Feedback(narx, mode, origin), "xd")})
+
+
+def fit(model: Graph, data: np.ndarray, held: np.ndarray, steps: int, rate: float, rng: np.random.Generator) -> None:
     """Adam on the steps behind TAPS, windows at random; the weights with the smallest error on `held` are kept."""
     optimizer = Adam(model, optim.linear(rate, steps))
     weights = np.repeat((np.arange(TAPS + AHEAD) >= TAPS)[:, None], 128, axis=1)
@@ -69,12 +75,12 @@ def fit(model: Feedback, data: np.ndarray, held: np.ndarray, steps: int, rate: f
     model.load_state_dict(kept)
 
 
-def train(data: np.ndarray, held: np.ndarray, seed: int, steps: int, hidden: int = 16, mode: str = "true") -> tuple[Feedback, Feedback]:
+def train(data: np.ndarray, held: np.ndarray, seed: int, steps: int, hidden: int = 16, mode: str = "true") -> tuple[Graph, Graph]:
     """The net fed with the truth (one step ahead), and one that feeds on itself from the origin on (24 steps ahead)."""
     rng = np.random.default_rng(seed)
-    one = Feedback(NARX(6, 2, hidden, input_taps=2, output_taps=TAPS, seed=seed), mode)
+    one = net(hidden, seed, mode=mode)
     fit(one, data, held, steps, 0.01, rng)
-    day = Feedback(NARX(6, 2, hidden, input_taps=2, output_taps=TAPS, seed=seed), mode, origin=TAPS)
+    day = net(hidden, seed, mode=mode, origin=TAPS)
     fit(day, data, held, steps // 2, 0.01, rng)
     return one, day
 
@@ -86,7 +92,7 @@ def physical(y: np.ndarray, etr: np.ndarray) -> np.ndarray:
     return y
 
 
-def errors(models: tuple[Feedback, Feedback], data: np.ndarray) -> dict[str, np.ndarray]:
+def errors(models: tuple[Graph, Graph], data: np.ndarray) -> dict[str, np.ndarray]:
     """Root mean square errors in W/m² and m/s: name -> (2 targets,), for 1 and 24 steps, nets and naive forecasts."""
     d, etr = data[..., 6:], data[..., 0] + 1
     found = {}
@@ -114,13 +120,13 @@ def without_gradients(data: np.ndarray, quick: bool) -> None:
     part = data[:, :: max(1, data.shape[1] // 60)]
     d = np.ascontiguousarray(part[TAPS:, :, 6:])
     for method, rounds in {"BPTT": 1200, "genetic": 2000, "annealing": 300}.items():
-        model = Feedback(NARX(6, 2, 4, input_taps=1, output_taps=3, seed=0))
+        model = net(4, 0, (1, 3))
         count = 2 if quick else rounds
 
-        def score(model: Feedback = model) -> float:
-            model.training = False
+        def score(model: Graph = model) -> float:
+            model.eval()
             value = float(np.square(model(part)[0][TAPS:] - d).mean())
-            model.training = True
+            model.train()
             return value
 
         if method == "BPTT":

