@@ -266,7 +266,7 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const double all =
       static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
-  if (threads == 1 || all < 4e5) return {1, 1};
+  if (threads == 1 || all < 4e5 || (all < 2e8 && cores_are_taken())) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};

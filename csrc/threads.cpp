@@ -22,8 +22,9 @@
 namespace rnnfast {
 namespace {
 
-constexpr int SPINS = 4000;  // some 20 to 60 microseconds before a waiting thread sleeps
-constexpr int LATE = 500;    // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
+constexpr int SPINS = 4000;           // some 20 to 60 microseconds before a waiting thread sleeps
+constexpr int64_t SLICE = 1'000'000;  // nanoseconds: waking takes less, another program's turn on a core longer
+constexpr int LATE = 500;  // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
 
 void relax() {
 #if defined(__x86_64__)
@@ -33,20 +34,32 @@ void relax() {
 #endif
 }
 
-// Waits until `value` differs from `old` and returns it; `late` counts waits that outlast LATE.
-unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, std::atomic<unsigned>* late = nullptr) {
+// Nanoseconds of some clock.
+int64_t now() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// How the waits of a job went.
+struct Waits {
+  std::atomic<unsigned> late{0};   // that outlast LATE
+  std::atomic<int64_t> asleep{0};  // nanoseconds of all of them together
+};
+
+// Waits until `value` differs from `old` and returns it.
+unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, Waits* waits = nullptr) {
   for (int i = 0; i < SPINS; ++i) {
     const unsigned now = value.load(std::memory_order_acquire);
     if (now != old) return now;
     relax();
-    if (i == LATE && late) late->fetch_add(1, std::memory_order_relaxed);
+    if (i == LATE && waits) waits->late.fetch_add(1, std::memory_order_relaxed);
   }
+  const int64_t start = waits ? now() : 0;
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  if (waits) waits->asleep.fetch_add(now() - start, std::memory_order_relaxed);
   return value.load(std::memory_order_acquire);
 }
 
 struct Barrier {
-  std::atomic<unsigned> arrived{0}, round{0}, late{0};
+  std::atomic<unsigned> arrived{0}, round{0};
+  Waits waits;
   unsigned count = 1;
   static void wait(void* p) {
     Barrier& b = *static_cast<Barrier*>(p);
@@ -56,14 +69,13 @@ struct Barrier {
       b.round.store(round + 1, std::memory_order_release);
       b.round.notify_all();
     } else {
-      wait_while(b.round, round, &b.late);
+      wait_while(b.round, round, &b.waits);
     }
   }
 };
 
-// Nanoseconds of some clock; until when a core is taken to be busy with something else: ten times as long as the job took that showed it.
-std::atomic<int64_t> busy_until{0};
-int64_t now() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+// On that clock, until when a core is held to be busy with something else: ten times as long as the job took that showed it.
+std::atomic<int64_t> busy_until{0}, taken_until{0};  // see cores_are_busy and cores_are_taken
 
 class Team {
  public:
@@ -77,13 +89,16 @@ class Team {
     running_.store(static_cast<unsigned>(threads_.size()), std::memory_order_relaxed);
     const unsigned round = barrier_.round.load(std::memory_order_relaxed);
     const int64_t start = now();
-    barrier_.late.store(0, std::memory_order_relaxed);
+    Waits& waits = barrier_.waits;
+    waits.late.store(0, std::memory_order_relaxed), waits.asleep.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
     task(data, 0, count, Barrier::wait, &barrier_);
-    const unsigned meetings = barrier_.round.load(std::memory_order_relaxed) - round, late = barrier_.late.load(std::memory_order_relaxed);
-    if (meetings >= 4 && late > meetings / 4) busy_until.store(now() + 10 * (now() - start), std::memory_order_relaxed);
-    for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left);
+    const unsigned meetings = barrier_.round.load(std::memory_order_relaxed) - round, late = waits.late.load(std::memory_order_relaxed);
+    for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left, &waits);
+    const int64_t all = now() - start, asleep = waits.asleep.load(std::memory_order_relaxed) / (count - 1);
+    if (asleep > SLICE && asleep > all / 3 * 2) taken_until.store(start + 11 * all, std::memory_order_relaxed);
+    if (meetings >= 4 && late > meetings / 4) busy_until.store(start + 11 * all, std::memory_order_relaxed);
   }
 
  private:
@@ -163,6 +178,7 @@ int thread_count() {
 }
 
 bool cores_are_busy() { return now() < busy_until.load(std::memory_order_relaxed); }
+bool cores_are_taken() { return now() < taken_until.load(std::memory_order_relaxed); }
 
 void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
 

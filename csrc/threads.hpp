@@ -9,6 +9,7 @@ namespace rnnfast {
 int hardware_threads();  // what affinity and the cgroup leave us
 int thread_count();      // set_thread_count, else RNNFAST_NUM_THREADS, else OMP_NUM_THREADS, else hardware_threads
 bool cores_are_busy();   // of late, threads that met often kept each other waiting: something else runs where they would
+bool cores_are_taken();  // of late, one was not let run at all for a while
 void set_thread_count(int n);
 
 // Calls fn(data, id, count, wait, waiter) for id = 0 .. count − 1, count <= most; wait(waiter) is a barrier for these threads.
