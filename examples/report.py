@@ -11,6 +11,7 @@ It knows neither models nor data.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
@@ -85,7 +86,11 @@ def picture(width: float = 7.0, height: float = 3.5) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a small PNG: 8-bit palette colours where Pillow can."""
+    """Writes a small PNG of 256 colours."""
+    from PIL import Image
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", pil_kwargs={"optimize": True})
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png")
+    Image.open(whole).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
     print(f"picture: {path}")

@@ -1,7 +1,7 @@
 """Vanishing and exploding gradients ("Vanishing gradient examples..", "Recurrent nets are very deep nets", "Vanishing stuff..").
 
 First the lecture's figure: MNIST, 19 layers of 1,024 units with ELU, ReLU, sigmoid and tanh, at their start values (U(-1/√I, 1/√I)), in float64;
-log10 of |∇_{W_neuron} DIV| for every neuron, for a batch and for single pictures. Then the same thing over time: |dDIV/dh_t| by lag for RNN, LSTM
+log10 of |∇_{W_neuron} DIV|, a point a neuron, for a batch and for four single pictures. Then the same thing over time: |dDIV/dh_t| by lag for RNN, LSTM
 and GRU; the largest singular value of dh_t/dh_0, with a sweep of the recurrent weights' spectral radius below and above 1; and what the forward
 pass forgets: the distance between two states that differ by one early input. The number: for a linear net with W = ρ Q, Q orthogonal, all singular
 values of dh_t/dh_0 must be ρ^t; the largest deviation of their log10 over 500 steps. Bar: 1e-9.
@@ -35,7 +35,7 @@ def deep_net(kind: str, depth: int, width: int, seed: int) -> Graph:
 
 
 def depth_norms(kind: str, x: np.ndarray, digits: np.ndarray, depth: int, width: int, singles: int) -> tuple[np.ndarray, np.ndarray]:
-    """log10 of each neuron's gradient norm (depth, width): of the batch's mean loss, and of single pictures (depth, singles · width)."""
+    """log10 of each neuron's gradient norm (depth, width): of the batch's mean loss, and of single pictures (depth, singles, width)."""
     net, found = deep_net(kind, depth, width, 0), []
     for rows in (slice(None), *(slice(k, k + 1) for k in range(singles))):
         net.zero_gradients()
@@ -44,18 +44,18 @@ def depth_norms(kind: str, x: np.ndarray, digits: np.ndarray, depth: int, width:
         norms = neuron_gradients(net)
         with np.errstate(divide="ignore"):
             found.append(np.log10([norms[f"a{k}.weight"] for k in range(1, depth + 1)]))
-    return found[0], np.concatenate(found[1:], axis=1)
+    return found[0], np.stack(found[1:], axis=1)
 
 
-def draw_band(axes, values: np.ndarray, title: str) -> None:
-    """Median, 5 to 95 % and extremes of the neurons of each layer; neurons without any gradient are left out."""
-    layers = np.arange(1, len(values) + 1)
-    kept = [row[np.isfinite(row)] for row in values]
-    low, five, middle, most, high = np.array([np.percentile(row, [0, 5, 50, 95, 100]) if len(row) else [np.nan] * 5 for row in kept]).T
-    axes.fill_between(layers, low, high, alpha=0.15)
-    axes.fill_between(layers, five, most, alpha=0.4)
-    axes.plot(layers, middle)
-    axes.set_title(title, fontsize=9)
+def draw_neurons(axes, values: np.ndarray, title: str) -> None:
+    """A point a neuron, side by side within its layer (depth, ..., width), and the layers' median; a gradient of 0 has no place here and is counted."""
+    depth, *others, width = values.shape
+    x = np.broadcast_to((np.arange(depth)[:, None] + (np.arange(width) + 0.5) / width + 0.5).reshape(depth, *(1 for _ in others), width), values.shape)
+    axes.plot(x.ravel(), values.ravel(), ",", color="C0", alpha=0.3 / np.prod(others), rasterized=True)
+    rows = [row[np.isfinite(row)] for row in values.reshape(depth, -1)]
+    axes.plot(range(1, depth + 1), [np.median(row) if len(row) else np.nan for row in rows], color="C1")
+    none = 1 - np.isfinite(values).mean()
+    axes.set_title(f"{title}, {100 * none:.0f} % are 0" if none else title, fontsize=9)
 
 
 def random_rnn(radius: float, hidden: int, nonlinearity: str = "tanh") -> RNN:
@@ -125,7 +125,7 @@ def main(given: Sequence[str] | None = None) -> float:
         axes = figure.subplots(3, 4)
         for column, kind in enumerate(ACTIVATIONS):
             for row, (values, what) in enumerate(zip(by_layer[kind], ("a batch", "single pictures"), strict=True)):
-                draw_band(axes[row, column], values, f"{kind}, {what}")
+                draw_neurons(axes[row, column], values, f"{kind}, {what}")
                 axes[row, column].set_xlabel("layer (1: next to the input)", fontsize=8)
             axes[0, 0].set_ylabel("log10 |gradient| of a neuron", fontsize=8)
             axes[1, 0].set_ylabel("log10 |gradient| of a neuron", fontsize=8)
