@@ -1360,6 +1360,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("adam", &adam, py::arg("p"), py::arg("gradient"), py::arg("mean"), py::arg("square"), py::arg("rate"), py::arg("beta_1"),
         py::arg("beta_2"), py::arg("eps"), py::arg("decay"), py::arg("kept"));
   m.def("get_num_threads", &thread_count);
+  m.def("lend_threads", [](uintptr_t parallel, uintptr_t number, uintptr_t count) {
+    lend_threads(
+        {reinterpret_cast<decltype(OpenMP::parallel)>(parallel), reinterpret_cast<int (*)()>(number), reinterpret_cast<int (*)()>(count)});
+  });
   m.def("set_num_threads", [](int n) {
     if (n < 1) fail("n must be at least 1, got " + std::to_string(n));
     set_thread_count(n);

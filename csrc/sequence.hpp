@@ -464,7 +464,7 @@ struct Sequence {
     T *dh, *dc;               // [row][dh_pitch], [row][Hp]: gradients of the state that runs backward in time
     T *dhidden, *dq;          // [row][Hp]
     T *da, *dy_total;         // [token of a chunk][da_pitch], [token of a chunk][dy_pitch]
-    T *da_next, *dy_next;     // the next chunk's: a faster worker may write them while a slower one reads this chunk's
+    T *da_next, *dy_next;     // the next chunk's, for a worker that is ahead; where packed, the same
     T *a_packed, *dy_packed;  // daᵀ, dy_totalᵀ for products over tokens, where these are not of the numbers themselves
     T* operand[4];            // packed x, h_{t-1}, q, hidden
     Forward again;            // with `recompute`
@@ -521,8 +521,9 @@ struct Sequence {
     f.dc = arena.take<T>(j.B * Hp);
     f.dhidden = arena.take<T>(j.projected ? j.B * Hp : 0);
     f.dq = arena.take<T>(RESETS_FIRST ? j.B * Hp : 0);
-    f.da = arena.take<T>(tokens * da_pitch()), f.da_next = arena.take<T>(tokens * da_pitch());
-    f.dy_total = arena.take<T>(j.projected ? tokens * dy_pitch() : 0), f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
+    f.da = f.da_next = arena.take<T>(tokens * da_pitch());
+    f.dy_total = f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
+    if (multiply.exact()) f.da_next = arena.take<T>(tokens * da_pitch()), f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
     f.a_packed = arena.take<T>(multiply.exact() ? 0 : (PRE * H + PACKED_ROWS) * elements(tokens));
     f.dy_packed = arena.take<T>(multiply.exact() || !j.projected ? 0 : (j.R + PACKED_ROWS) * elements(tokens));
     for (int i = 0; i < 4; ++i)

@@ -1,10 +1,12 @@
-// The team of threads.hpp: persistent threads that wait for a new generation number, and a barrier that counts arrivals.
+// The team of threads.hpp: persistent threads that wait for a new generation number, and a barrier that counts arrivals; or a team that is
+// lent.
 #include "threads.hpp"
 
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/types.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -77,6 +79,38 @@ struct Barrier {
 // On that clock, until when a core is held to be busy with something else: ten times as long as the job took that showed it.
 std::atomic<int64_t> busy_until{0}, taken_until{0};  // see cores_are_busy and cores_are_taken
 
+OpenMP lent{};
+std::atomic<bool> is_lent{false};
+
+// One fork and join of the lent team.
+struct Region {
+  Task task;
+  void* data;
+  int count;
+  Barrier barrier{};
+  bool is_whole = false;
+  int64_t done = 0;  // when the caller had finished its part
+  static void enter(void* p) {
+    Region& r = *static_cast<Region*>(p);
+    if (lent.count() != r.count) return;  // fewer than wanted: nobody begins
+    const int id = lent.number();
+    if (id == 0) r.is_whole = true;
+    r.task(r.data, id, r.count, Barrier::wait, &r.barrier);
+    if (id == 0) r.done = now();
+  }
+  bool run() {
+    const int64_t start = now();
+    barrier.count = static_cast<unsigned>(count);
+    lent.parallel(enter, this, static_cast<unsigned>(count), 0);
+    const int64_t end = now(), all = end - start;
+    const unsigned meetings = barrier.round.load(std::memory_order_relaxed), late = barrier.waits.late.load(std::memory_order_relaxed);
+    if (is_whole && end - done > (done - start) / 2 + 2 * SLICE)
+      taken_until.store(end + std::min<int64_t>(10 * all, 200 * SLICE), std::memory_order_relaxed);
+    if (meetings >= 4 && late > meetings / 4) busy_until.store(start + 11 * all, std::memory_order_relaxed);
+    return is_whole;
+  }
+};
+
 class Team {
  public:
   void run(int count, Task task, void* data) {
@@ -126,7 +160,10 @@ struct Shared {
 std::atomic<Shared*> shared{nullptr};
 std::once_flag at_fork;
 
-void forget() { shared.store(nullptr); }
+void forget() {
+  shared.store(nullptr);
+  is_lent.store(false);
+}
 
 Shared& the_team() {
   std::call_once(at_fork, [] { pthread_atfork(nullptr, nullptr, forget); });
@@ -182,14 +219,22 @@ bool cores_are_taken() { return now() < taken_until.load(std::memory_order_relax
 
 void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
 
+void lend_threads(OpenMP team) {
+  lent = team;
+  is_lent.store(team.parallel != nullptr, std::memory_order_release);
+}
+
 void run(int most, Task task, void* data, void (*prepare)(void*, int)) {
   if (most > 1) {
     Shared& s = the_team();
     if (s.busy.try_lock()) {
       const std::lock_guard<std::mutex> hold(s.busy, std::adopt_lock);
       prepare(data, most);
-      s.team.run(most, task, data);
-      return;
+      if (!is_lent.load(std::memory_order_acquire)) {
+        s.team.run(most, task, data);
+        return;
+      }
+      if (Region{task, data, most}.run()) return;
     }
   }
   Barrier alone;

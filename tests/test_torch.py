@@ -4,10 +4,13 @@ import contextlib
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -503,6 +506,22 @@ def test_autocast_computes_with_torchs_dtypes(name: str) -> None:
             torch.testing.assert_close(b.float(), a, rtol=2e-2, atol=2e-2)
     out[0].float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of the process as Linux names them")
+def test_the_kernels_run_on_torchs_threads() -> None:
+    """torch's OpenMP threads spin after each of its regions, on cores that threads of ours beside them would need."""
+    script = """
+import os, torch, rnnfast.torch as fast
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()
+before = len(os.listdir("/proc/self/task"))
+m = fast.LSTM(64, 64)
+m(torch.ones(50, 32, 64))[0].sum().backward()
+print(fast._core.lend_threads.__name__, len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["lend_threads", "0"]
 
 
 def test_inference_mode_checkpoints_and_threads() -> None:

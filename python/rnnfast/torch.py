@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,16 @@ __all__ = [
 _Result = tuple[Tensor, ...] | None
 _core.exchange(torch.Tensor.__dlpack_c_exchange_api__, (torch.Tensor, nn.Parameter))
 
+
+def _lend_threads() -> None:
+    """torch's OpenMP threads spin for milliseconds after each of torch's own regions: our kernels run on them, not on others beside them."""
+    with contextlib.suppress(OSError, AttributeError):
+        loaded = ctypes.CDLL(torch._C.__file__)  # finds a name in what torch depends on
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        _core.lend_threads(*(ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0 for name in names))
+
+
+_lend_threads()
 _LSTM, _GRU = CELLS.index("lstm"), CELLS.index("gru")
 _LAYERS = {"lstm": _LSTM, "gru": _GRU, "rnn_tanh": CELLS.index("rnn_tanh"), "rnn_relu": CELLS.index("rnn_relu")}  # the names in torch._VF
 _ATEN: dict[str, Callable[..., Any]] = {name + suffix: getattr(torch._VF, name + suffix) for name in _LAYERS for suffix in ("", "_cell")}
