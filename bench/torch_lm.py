@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import rnnfast.data as data
 import torch
-from rnnfast.lm import RATES, Config
+from rnnfast.lm import Config
 
 DEFAULTS = Config()
 
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--clip", type=float, default=DEFAULTS.clip)
     parser.add_argument("--learning-rate", type=float, default=None, help="default: rnnfast's for the cell")
     options = parser.parse_args(arguments)
-    options.learning_rate = options.learning_rate or RATES[options.cell]
+    options.learning_rate = Config(cell=options.cell, learning_rate=options.learning_rate).learning_rate
     print(json.dumps(train(options)))
     return 0
 

@@ -1003,7 +1003,7 @@ struct Stack {
   std::vector<int64_t> tapes_;  // where each one ends
 };
 
-// A new tensor of the library's own; swapped: of three axes first two change places, and it lies in the order given.
+// A new tensor of the library's own; swapped: the first two of its three axes change places, while it lies in memory as they are given.
 py::object fresh(const Stack& s, std::initializer_list<int64_t> shape, void** data, bool swapped = false) {
   DLTensor like{};
   like.device = CPU, like.ndim = static_cast<int32_t>(shape.size());

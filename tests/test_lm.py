@@ -226,6 +226,7 @@ def test_another_kind_of_checkpoint_is_refused(tmp_path: Path) -> None:
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"cell": "transformer"}, "cell must be one of lstm, gru, rnn"),
         ({"learning_rate": math.nan}, "learning_rate must be a number above 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
         ({"hidden": 10_000_000}, "a model of this size needs about .* GiB of memory"),
         ({"batch_size": 2_000_000_000}, "a model of this size needs about .* GiB of memory"),

@@ -37,8 +37,8 @@ class Config:
     `text` is a path, or None for the standard library; `digest` its hash and `alphabet` its bytes in hexadecimal,
     both filled in when the run starts.
 
-    >>> Config(hidden=64).cell
-    'lstm'
+    >>> Config(hidden=64).cell, Config().learning_rate, Config(cell="rnn").learning_rate
+    ('lstm', 0.006, 0.003)
     """
 
     cell: str = "lstm"
@@ -49,7 +49,7 @@ class Config:
     seq_length: int = 100
     batch_size: int = 32
     steps: int = 3000  # 9.6 million bytes: 5 minutes at 32,000 a second
-    learning_rate: float = 0.0  # 0: RATES of the cell
+    learning_rate: float = None  # type: ignore[assignment]  # None: RATES of the cell
     clip: float = 5.0
     seed: int = 0
     every: int = 0  # steps between rows of the history; 0: a fifteenth of the run, 250 at most
@@ -58,7 +58,7 @@ class Config:
     alphabet: str = ""
 
     def __post_init__(self) -> None:
-        if self.learning_rate == 0 and self.cell in RATES:
+        if self.learning_rate is None and self.cell in RATES:
             object.__setattr__(self, "learning_rate", RATES[self.cell])
 
     def check(self) -> None:
