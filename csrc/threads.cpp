@@ -79,6 +79,11 @@ struct Barrier {
 // On that clock, until when a core is held to be busy with something else: ten times as long as the job took that showed it.
 std::atomic<int64_t> busy_until{0}, taken_until{0};  // see cores_are_busy and cores_are_taken
 
+// What a job's meetings say: more than a quarter of them late, and threads that meet often had better not.
+void remember(int64_t start, int64_t end, unsigned meetings, unsigned late) {
+  if (meetings >= 4 && late > meetings / 4) busy_until.store(end + 10 * (end - start), std::memory_order_relaxed);
+}
+
 OpenMP lent{};
 std::atomic<bool> is_lent{false};
 
@@ -103,10 +108,9 @@ struct Region {
     barrier.count = static_cast<unsigned>(count);
     lent.parallel(enter, this, static_cast<unsigned>(count), 0);
     const int64_t end = now(), all = end - start;
-    const unsigned meetings = barrier.round.load(std::memory_order_relaxed), late = barrier.waits.late.load(std::memory_order_relaxed);
     if (is_whole && end - done > (done - start) / 2 + 2 * SLICE)
       taken_until.store(end + std::min<int64_t>(10 * all, 200 * SLICE), std::memory_order_relaxed);
-    if (meetings >= 4 && late > meetings / 4) busy_until.store(start + 11 * all, std::memory_order_relaxed);
+    remember(start, end, barrier.round.load(std::memory_order_relaxed), barrier.waits.late.load(std::memory_order_relaxed));
     return is_whole;
   }
 };
@@ -130,9 +134,9 @@ class Team {
     task(data, 0, count, Barrier::wait, &barrier_);
     const unsigned meetings = barrier_.round.load(std::memory_order_relaxed) - round, late = waits.late.load(std::memory_order_relaxed);
     for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left, &waits);
-    const int64_t all = now() - start, asleep = waits.asleep.load(std::memory_order_relaxed) / (count - 1);
+    const int64_t end = now(), all = end - start, asleep = waits.asleep.load(std::memory_order_relaxed) / (count - 1);
     if (asleep > SLICE && asleep > all / 3 * 2) taken_until.store(start + 11 * all, std::memory_order_relaxed);
-    if (meetings >= 4 && late > meetings / 4) busy_until.store(start + 11 * all, std::memory_order_relaxed);
+    remember(start, end, meetings, late);
   }
 
  private:

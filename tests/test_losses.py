@@ -136,6 +136,7 @@ def test_check_gradient_finds_a_wrong_one() -> None:
         (lambda a, t: softmax_cross_entropy(a, t, t - 9), ValueError, "finite and not negative"),
         (lambda a, t: softmax_cross_entropy(a, t, t + np.nan), ValueError, "finite and not negative"),
         (lambda a, t: softmax_cross_entropy(a, t, out=a[:2]), ValueError, "out must be a contiguous float32 array"),
+        (lambda a, t: softmax_cross_entropy(a, t, out=np.broadcast_to(a, a.shape)), ValueError, "out is read-only"),
         (lambda a, t: softmax_cross_entropy(a[..., :0], t), IndexError, r"targets must lie in \[0, 0\)"),
         (lambda a, t: mean_squared_error(a, t), ValueError, r"target must have the shape of y \(4, 3, 5\)"),
         (lambda a, t: mean_squared_error(t, t), TypeError, "y must have dtype float32 or float64"),

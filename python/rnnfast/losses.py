@@ -78,6 +78,8 @@ def softmax_cross_entropy(
         raise TypeError(f"{name}: targets must be integers, got dtype {t.dtype}")
     if out is not None and (out.shape != a.shape or out.dtype != a.dtype or not out.flags.c_contiguous):
         raise ValueError(f"{name}: out must be a contiguous {a.dtype} array of shape {a.shape}")
+    if out is not None and not out.flags.writeable:
+        raise ValueError(f"{name}: out is read-only")
     w, total = _weights(name, weights, t.shape)
     V = a.shape[-1]
     t1 = t.reshape(-1).astype(np.int64)
