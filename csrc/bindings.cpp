@@ -1144,10 +1144,11 @@ py::object backward(Stack& s, Py_ssize_t count) {
   } else {
     result.append(py::none());
   }
-  const py::object dh_object = s.single ? fresh(s, {s.B, s.R}, &dh) : fresh(s, {s.L * s.D, s.B, s.R}, &dh);
-  const py::object dc_object = s.kind != LSTM ? py::none() : s.single ? fresh(s, {s.B, s.H}, &dc) : fresh(s, {s.L * s.D, s.B, s.H}, &dc);
-  result.append(dh_object);
-  result.append(dc_object);
+  const auto fresh_state = [&](int64_t width_, void** to) {
+    result.append(s.single ? fresh(s, {s.B, width_}, to) : fresh(s, {s.L * s.D, s.B, width_}, to));
+  };
+  needed(1) ? fresh_state(s.R, &dh) : result.append(py::none());
+  s.kind == LSTM&& needed(2) ? fresh_state(s.H, &dc) : result.append(py::none());
   for (int64_t k = 0; k < s.L * s.D; ++k) {
     Job& j = s.jobs[static_cast<size_t>(k)];
     const int64_t GH = gates(s.kind) * s.H;
@@ -1171,7 +1172,8 @@ py::object backward(Stack& s, Py_ssize_t count) {
     const Unlocked unlocked;
     const auto bytes = static_cast<size_t>(s.tokens * below_width) * s.item();
     const Lent one(s.L > 1 ? bytes : 0), two(s.L > 1 ? bytes : 0), other(s.D > 1 ? bytes : 0);
-    const Lent carried(s.kind != LSTM && carries(s.kind) ? static_cast<size_t>(s.D * s.B * s.H) * s.item() : 0);
+    const bool carried_by_h = dh && s.kind != LSTM && carries(s.kind);  // a GRU carries its own h
+    const Lent carried(carried_by_h ? static_cast<size_t>(s.D * s.B * s.H) * s.item() : 0);
     for (int64_t l = s.L - 1; l >= 0; --l) {
       const int64_t in = s.jobs[static_cast<size_t>(l * s.D)].I;
       void* below = l == 0 ? dx : (l % 2 ? one : two).buffer.data();
@@ -1186,13 +1188,14 @@ py::object backward(Stack& s, Py_ssize_t count) {
         if (below) j.dx = s.side_by_side(d == 0 ? below : other.buffer.data(), in, first);
         if (dh_T) j.dh_T = s.at(dh_T, k * s.B * s.R);
         if (dc_T) j.dc_T = s.at(dc_T, k * s.B * s.H);
-        j.dh_0 = s.at(dh, k * s.B * s.R);
-        if (carries(s.kind)) j.dc_0 = dc ? s.at(dc, k * s.B * s.H) : s.at(carried.buffer.data(), d * s.B * s.H);
+        if (dh) j.dh_0 = s.at(dh, k * s.B * s.R);
+        if (dc) j.dc_0 = s.at(dc, k * s.B * s.H);
+        if (carried_by_h) j.dc_0 = s.at(carried.buffer.data(), d * s.B * s.H);
       }
       s.run(l, true);
       for (int64_t d = 0; d < s.D; ++d) {
         const Job& j = s.jobs[static_cast<size_t>(l * s.D + d)];
-        if (carries(s.kind) && !dc) add(s, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
+        if (carried_by_h) add(s, j.dh_0, j.dc_0, s.B * s.H);
       }
       if (below && s.D == 2) add(s, below, other.buffer.data(), s.tokens * in);
       dy = s.side_by_side(below, width, false);

@@ -292,6 +292,98 @@ __attribute__((noinline)) inline void pack_gate_bytes(const Panels<float>& p, in
   }
 }
 
+// Products over weights as they stand, where these are used once for few rows of A: packs would be written and read for nothing.
+constexpr int GATE_ROWS = 8, COMBINED_ROWS = 64;  // so many rows of A by few_gates, and by combine_rows
+
+// One register of columns: c[r][c_at ..] = first + a[r]·w, or += where first is null. Column l is the row of K numbers at w + l·K, 0 from
+// `valid` on; squares of them are transposed in registers.
+template <class T, int MR>
+void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* first, T* const* c, int64_t c_at) {
+  constexpr int L = LANES<T>;
+  Reg<T> acc[MR], square[L];
+  const auto add = [&](int64_t k, int count) {
+    transpose<T>(square);
+    for (int i = 0; i < count; ++i)
+      for (int r = 0; r < MR; ++r) acc[r] = fma<T>(all(a[r][k + i]), square[i], acc[r]);
+  };
+  for (int r = 0; r < MR; ++r) acc[r] = load(first ? first : c[r] + c_at);
+  int64_t k = 0;
+  for (; valid == L && k + L <= K; k += L) {
+    for (int lane = 0; lane < L; ++lane) square[lane] = load(w + lane * K + k);
+    add(k, L);
+  }
+  for (; k < K; k += L) {
+    const int count = static_cast<int>(least(L, K - k));
+    for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(w + lane * K + k, count) : all(T(0));
+    add(k, count);
+  }
+  for (int r = 0; r < MR; ++r) store(c[r] + c_at, acc[r]);
+}
+
+// N registers of combine_rows' columns from j on, the last of them with `count` lanes.
+template <class T, int MR, int N>
+RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t j, int count, bool fresh,
+                                    T* const* c) {
+  constexpr int L = LANES<T>;
+  Reg<T> acc[MR][N], held[N];
+  if (fresh) {
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < N; ++v) acc[r][v] = all(T(0));
+  } else {
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < N; ++v) acc[r][v] = load(c[r] + j + v * L, v == N - 1 ? count : L);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    const T* const from = row[k] + j;
+    for (int v = 0; v < N; ++v) held[v] = load(from + v * L, v == N - 1 ? count : L);
+    for (int r = 0; r < MR; ++r) {
+      const Reg<T> b = all(a[r][k * step]);
+      for (int v = 0; v < N; ++v) acc[r][v] = fma<T>(b, held[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int v = 0; v < N; ++v) store(c[r] + j + v * L, acc[r][v], v == N - 1 ? count : L);
+}
+
+// c[r][0 .. width) += Σ_k a[r][k·step]·row[k][0 .. width) over K rows, or = where `fresh`. Stores are aligned, since weights' gradients
+// are hardly anything else.
+template <class T, int MR>
+void combine_rows(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, T* const* c) {
+  constexpr int L = LANES<T>, N = MR * MAX_NV <= REGISTERS / 2 ? MAX_NV : 2;
+  const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(c[0]) / sizeof(T) % L);
+  const T* from[MR];
+  T* to[MR];
+  for (int r = 0; r < MR; ++r) from[r] = a[r], to[r] = c[r];
+  int64_t j = least(misplaced ? L - misplaced : 0, width);
+  if (j > 0) combine_columns<T, MR, 1>(from, step, K, row, 0, static_cast<int>(j), fresh, to);
+  for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, to);
+  for (; j < width; j += L) combine_columns<T, MR, 1>(from, step, K, row, j, static_cast<int>(least(L, width - j)), fresh, to);
+}
+
+template <class T, int... MR>
+struct FewGates {
+  static constexpr void (*of[])(const T* const*, int64_t, const T*, int, const T*, T* const*, int64_t) = {few_gates<T, MR>...};
+};
+template <class T, int... MR>
+struct CombineRows {
+  static constexpr int MOST = sizeof...(MR);
+  static constexpr void (*of[])(const T* const*, int64_t, int64_t, const T* const*, int64_t, bool, T* const*) = {combine_rows<T, MR>...};
+};
+
+// These two for `rows` rows of C.
+template <class T>
+void few_gates(int64_t rows, const T* const* a, int64_t K, const T* w, int valid, const T* first, T* const* c, int64_t c_at) {
+  FewGates<T, 1, 2, 3, 4, 5, 6, 7, 8>::of[rows - 1](a, K, w, valid, first, c, c_at);
+}
+template <class T>
+void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, T* const* c) {
+  using Tiles = CombineRows<T, 1, 2, 3, 4>;
+  for (int64_t r = 0, n; r < rows; r += n) {
+    n = least(Tiles::MOST, rows - r);
+    Tiles::of[n - 1](a + r, step, K, row, width, fresh, c + r);
+  }
+}
+
 // Columns [m0, m1) of the matrix of K rows whose row k is from + k·pitch, as [m / PACKED_ROWS][element][m % PACKED_ROWS]: A of a product
 // over k with step PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
 template <class E, class T>
@@ -327,6 +419,7 @@ class Products {
     return factors == Factors::EXACT ? K : factors == Factors::HALVES ? ceil_div(K, 2) : Bytes::HEADER + ceil_div(K, 4);
   }
   bool exact() const { return factors == Factors::EXACT; }
+  bool few(int64_t rows, int64_t most_rows) const { return exact() && 0 < rows && rows <= most_rows; }
 
   // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
   __attribute__((noinline)) const T* const* encode(int64_t K, int64_t rows, const T* const* from, T* to, const T** at) const {

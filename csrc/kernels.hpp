@@ -60,7 +60,7 @@ struct Job {
   Tokens dx;         // (T, B, I)
   const void* dh_T;  // (B, S)
   const void* dc_T;  // (B, H)
-  void* dh_0;        // (B, S)
+  void* dh_0;        // (B, S)     null spares the product that makes it
   void* dc_0;        // (B, H)
   void* dreset_h;    // (events, S)
   void* dreset_c;    // (events, H)

@@ -299,6 +299,13 @@ struct Sequence {
     const int64_t width = g.first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
     const T* const* rows_in = multiply.encode(g.K, count, from, f.encoded.numbers, f.encoded.rows);
+    if (!g.packed && multiply.few(count, GATE_ROWS)) {
+      for (int64_t b = 0; b < blocks.size(); ++b)
+        for (int s = g.first_slot; s < g.first_slot + g.slots; ++s)
+          few_gates(count, rows_in, g.K, in(g.weights) + (Cell::GATE[s] * H + (blocks.begin + b) * L) * g.K, lanes(blocks.begin + b),
+                    first ? first + a_at(b, s) : nullptr, to, a_at(b, s));
+      return;
+    }
     for (int64_t i = 0; i < p.count(); ++i) {
       const int64_t panel = down ? p.count() - 1 - i : i;
       const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L, block = g.packed ? p.K : multiply.block(p.K, GATE_BLOCK);
@@ -606,7 +613,7 @@ struct Sequence {
       input_gradient(f, t0, t1, base, tokens);
       if (tokens > 0) vector_gradients(f, t0, t1, tokens, fresh);
       join();
-      if (tokens > 0) parameter_gradients(f, tokens, fresh);
+      if (tokens > 0) parameter_gradients(f, t0, t1, tokens, fresh);
       fresh = fresh && tokens == 0;
       swap(f.da, f.da_next), swap(f.dy_total, f.dy_next);
     }
@@ -718,6 +725,7 @@ struct Sequence {
         }
       }
     }
+    if (s == 0 && !j.dh_0 && !j.reset) return;  // nobody asks what came before
     sync();
     for (int64_t i = 0; i < n; ++i) {
       f.from[i] = da + i * da_pitch() + EARLY * H;
@@ -744,6 +752,17 @@ struct Sequence {
     const Panels<T> p(c.width, 1, elements(K));
     const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
     if (!c.packed) lines(f, c);
+    if (!c.packed && multiply.few(n, COMBINED_ROWS)) {
+      const T* a[COMBINED_ROWS];
+      T* to[COMBINED_ROWS];
+      for (int64_t r = 0; r < n; ++r) to[r] = f.to[r] + at;
+      const int64_t block = most(8, least(n, 32));
+      for (int64_t k = 0; k < K; k += block) {
+        for (int64_t r = 0; r < n; ++r) a[r] = f.from[r] + k;
+        combine_rows(n, a, 1, least(block, K - k), f.line + k, c.width, first && k == 0, to);
+      }
+      return;
+    }
     const int64_t block = c.packed ? p.K : row_block(n), depth = multiply.exact() ? 1 : 2;
     int64_t k = 0;
     do {  // blocks outside: a row of the weights is read from one end to the other
@@ -767,6 +786,7 @@ struct Sequence {
     };
     if (!multiply.exact()) columns(PRE * H, f.da, da_pitch(), f.a_packed);
     if (!multiply.exact() && j.projected) columns(j.R, f.dy_total, dy_pitch(), f.dy_packed);
+    if (multiply.few(tokens, COMBINED_ROWS)) return;
     int64_t turn = 0;  // panels of all operands in turn
     for (int i = 0; i < 4; ++i) {
       if (operand_width(i) == 0) continue;
@@ -846,8 +866,8 @@ struct Sequence {
   }
 
   // dW += daᵀ·operand for slots [s0, s1): rows of the weights are split among the workers.
-  void weight_gradient(const Backward& f, int operand, int64_t m0, int64_t m1, int64_t tokens, void* weights, bool by_gate,
-                       bool fresh) const {
+  void weight_gradient(const Backward& f, int operand, int64_t m0, int64_t m1, int64_t t0, int64_t t1, int64_t tokens, void* weights,
+                       bool by_gate, bool fresh) const {
     const int64_t width = operand_width(operand);
     const Range tiles = share(ceil_div(m1 - m0, PACKED_ROWS), w.id, w.count);
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
@@ -857,6 +877,11 @@ struct Sequence {
     for (int64_t m = begin; m < end; ++m) {
       f.from[m - begin] = multiply.exact() ? a + m : packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
+    }
+    if (multiply.few(tokens, COMBINED_ROWS)) {
+      const T* row[COMBINED_ROWS];
+      operand_rows(f, operand, t0, t1, row);
+      return combine_rows(end - begin, f.from, step, tokens, row, width, fresh, f.to);
     }
     const Panels<T> p(width, 1, elements(tokens));
     const T* const first = fresh ? f.zeros : nullptr;
@@ -869,11 +894,11 @@ struct Sequence {
                           f.operand[operand] + p.at(panel), first, f.to + m, panel * MAX_NV * L);
   }
 
-  void parameter_gradients(const Backward& f, int64_t tokens, bool fresh) const {
-    weight_gradient(f, 0, 0, X * H, tokens, j.dw_ih, true, fresh);
-    weight_gradient(f, 1, EARLY * H, LATE * H, tokens, j.dw_hh, true, fresh);
-    if constexpr (RESETS_FIRST) weight_gradient(f, 2, LATE * H, PRE * H, tokens, j.dw_hh, true, fresh);
-    if (j.projected) weight_gradient(f, 3, 0, j.R, tokens, j.dw_hr, false, fresh);
+  void parameter_gradients(const Backward& f, int64_t t0, int64_t t1, int64_t tokens, bool fresh) const {
+    weight_gradient(f, 0, 0, X * H, t0, t1, tokens, j.dw_ih, true, fresh);
+    weight_gradient(f, 1, EARLY * H, LATE * H, t0, t1, tokens, j.dw_hh, true, fresh);
+    if constexpr (RESETS_FIRST) weight_gradient(f, 2, LATE * H, PRE * H, t0, t1, tokens, j.dw_hh, true, fresh);
+    if (j.projected) weight_gradient(f, 3, 0, j.R, t0, t1, tokens, j.dw_hr, false, fresh);
   }
 };
 

@@ -133,31 +133,70 @@ RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
 #endif
 }
 
-// a₀ b₀ a₁ b₁ …, of the lower halves of a and b or of the upper ones.
+// Within every 128 bits of a and b: the lower halves' numbers in turn, a b a b, or the upper halves'; one instruction each.
 template <class T>
 RNNFAST_INLINE Reg<T> interleave_low(Reg<T> a, Reg<T> b) {
-  if constexpr (LANES<T> == 2) return __builtin_shufflevector(a, b, 0, 2);
-  if constexpr (LANES<T> == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  if constexpr (LANES<T> == 8) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  if constexpr (LANES<T> == 16) return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  constexpr int L = LANES<T>;
+  if constexpr (sizeof(T) == 8) {
+    if constexpr (L == 2) return __builtin_shufflevector(a, b, 0, 2);
+    if constexpr (L == 4) return __builtin_shufflevector(a, b, 0, 4, 2, 6);
+    if constexpr (L == 8) return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+  } else {
+    if constexpr (L == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    if constexpr (L == 8) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+    if constexpr (L == 16) return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  }
   return a;
 }
 template <class T>
 RNNFAST_INLINE Reg<T> interleave_high(Reg<T> a, Reg<T> b) {
-  if constexpr (LANES<T> == 2) return __builtin_shufflevector(a, b, 1, 3);
-  if constexpr (LANES<T> == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  if constexpr (LANES<T> == 8) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-  if constexpr (LANES<T> == 16) return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  constexpr int L = LANES<T>;
+  if constexpr (sizeof(T) == 8) {
+    if constexpr (L == 2) return __builtin_shufflevector(a, b, 1, 3);
+    if constexpr (L == 4) return __builtin_shufflevector(a, b, 1, 5, 3, 7);
+    if constexpr (L == 8) return __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  } else {
+    if constexpr (L == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    if constexpr (L == 8) return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    if constexpr (L == 16) return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
   return b;
 }
-// r[i] lane k becomes r[k] lane i: each round interleaves the upper half of the registers into the lower one, and log2(LANES) rounds make a
-// transpose.
+// The even 128 bits of a and then of b, or the odd ones.
+template <class T>
+RNNFAST_INLINE Reg<T> even_blocks(Reg<T> a, Reg<T> b) {
+  typedef typename Vector<double, LANES<T> == 1 ? 1 : REGISTER_BYTES / 8>::type Wide;
+  if constexpr (REGISTER_BYTES == 32) return (Reg<T>)__builtin_shufflevector((Wide)a, (Wide)b, 0, 1, 4, 5);
+  if constexpr (REGISTER_BYTES == 64) return (Reg<T>)__builtin_shufflevector((Wide)a, (Wide)b, 0, 1, 4, 5, 8, 9, 12, 13);
+  return a;
+}
+template <class T>
+RNNFAST_INLINE Reg<T> odd_blocks(Reg<T> a, Reg<T> b) {
+  typedef typename Vector<double, LANES<T> == 1 ? 1 : REGISTER_BYTES / 8>::type Wide;
+  if constexpr (REGISTER_BYTES == 32) return (Reg<T>)__builtin_shufflevector((Wide)a, (Wide)b, 2, 3, 6, 7);
+  if constexpr (REGISTER_BYTES == 64) return (Reg<T>)__builtin_shufflevector((Wide)a, (Wide)b, 2, 3, 6, 7, 10, 11, 14, 15);
+  return b;
+}
+// r[i] lane k becomes r[k] lane i: neighbouring registers in squares of 128 bits, and then these squares as the elements of a matrix. Each
+// round puts what a number's last index bit tells apart into two halves, or the other way round; as many rounds as bits make a transpose.
 template <class T>
 RNNFAST_INLINE void transpose(Reg<T>* r) {
-  constexpr int L = LANES<T>;
-  for (int round = 1; round < L; round *= 2) {
-    Reg<T> s[L];
-    for (int i = 0; i < L / 2; ++i) s[2 * i] = interleave_low<T>(r[i], r[i + L / 2]), s[2 * i + 1] = interleave_high<T>(r[i], r[i + L / 2]);
+  constexpr int L = LANES<T>, Q = L == 1 ? 1 : 16 / static_cast<int>(sizeof(T)), SQUARES = L / Q;
+  Reg<T> s[L];
+  for (int round = 1; round < Q; round *= 2) {
+    for (int q = 0; q < L; q += Q)
+      for (int i = 0; i < Q / 2; ++i) {
+        s[q + 2 * i] = interleave_low<T>(r[q + i], r[q + i + Q / 2]);
+        s[q + 2 * i + 1] = interleave_high<T>(r[q + i], r[q + i + Q / 2]);
+      }
+    for (int i = 0; i < L; ++i) r[i] = s[i];
+  }
+  for (int round = 1; round < SQUARES; round *= 2) {
+    for (int q = 0; q < Q; ++q)
+      for (int i = 0; i < SQUARES / 2; ++i) {
+        const Reg<T> a = r[2 * i * Q + q], b = r[(2 * i + 1) * Q + q];
+        s[i * Q + q] = even_blocks<T>(a, b), s[(i + SQUARES / 2) * Q + q] = odd_blocks<T>(a, b);
+      }
     for (int i = 0; i < L; ++i) r[i] = s[i];
   }
 }
