@@ -111,7 +111,7 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   }
   void give(Buffer b) {
     const std::lock_guard<std::mutex> hold(lock_);
-    if (free_.size() >= 8) free_.erase(free_.begin());
+    if (free_.size() >= 24) free_.erase(free_.begin());
     free_.push_back(std::move(b));
   }
 
@@ -126,67 +126,20 @@ const char* const CELL_NAMES[CELL_KINDS] = {"rnn_tanh", "rnn_relu",      "rnn_si
                                             "lstm",     "lstm_peephole", "gru",         "gru_reset_before"};
 
 CellKind kind_of(const std::string& cell) {
-  std::string known;
-  for (int i = 0; i < CELL_KINDS; ++i) {
+  for (int i = 0; i < CELL_KINDS; ++i)
     if (cell == CELL_NAMES[i]) return static_cast<CellKind>(i);
-    known += std::string(i ? ", " : "") + CELL_NAMES[i];
-  }
+  std::string known;
+  for (int i = 0; i < CELL_KINDS; ++i) known += std::string(i ? ", " : "") + CELL_NAMES[i];
   fail("cell must be one of " + known + "; got '" + cell + "'");
 }
-Compute compute_of(const std::string& name, Dtype dtype, const std::string& who) {
+const char* family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
+Compute compute_of(const std::string& name, Dtype dtype, const char* who) {
   if (name == (dtype == FLOAT32 ? "float32" : "float64")) return OWN;
   if (name == "bfloat16" && dtype == FLOAT32) return BFLOAT16;
   if (name == "int8" && dtype == FLOAT32) return INT8;
-  fail(who + "compute_dtype must be the parameters' own dtype, or bfloat16 or int8 where that is float32; got '" + name + "'");
+  fail(std::string(who) + ": compute_dtype must be the parameters' own dtype, or bfloat16 or int8 where that is float32; got '" + name +
+       "'");
 }
-std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
-
-// ---- arrays ----------------------------------------------------------------------------------------------------------------------------
-
-using Array = std::optional<py::array>;
-
-bool same(const py::dtype& a, const py::dtype& b) { return a.is(b) || a.equal(b); }  // an unpickled dtype is another object
-
-struct Checker {
-  std::string who;  // "lstm: "
-  py::dtype dtype;
-
-  void type(const py::array& a, const std::string& name) const {
-    if (!same(a.dtype(), dtype))
-      fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
-  }
-  // A C-contiguous array of this shape; `symbols` as in "(4*H, I)".
-  const void* operator()(const Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
-    if (!a) return nullptr;
-    type(*a, name);
-    if (shape_of(*a) != shape)
-      fail(who + name + " must have shape " + symbols +
-           (std::strchr(symbols, '*') || std::strpbrk(symbols, "BHIRST") ? " = " + tuple_text(shape) : "") + ", got " +
-           tuple_text(shape_of(*a)));
-    if (!(a->flags() & py::array::c_style)) fail(who + name + " must be C-contiguous");
-    return a->data();
-  }
-  void* out(Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
-    (*this)(a, name, symbols, shape);
-    return a ? a->mutable_data() : nullptr;  // raises where a is read-only
-  }
-  // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
-  Tokens tokens(const Array& a, const std::string& name, py::ssize_t T, py::ssize_t B, py::ssize_t n, bool packed, py::ssize_t count,
-                bool writes) const {
-    if (!a) return {nullptr, 0, 0};
-    type(*a, name);
-    const std::vector<py::ssize_t> shape = packed ? std::vector<py::ssize_t>{count, n} : std::vector<py::ssize_t>{T, B, n};
-    if (shape_of(*a) != shape) fail(who + name + " must have shape " + tuple_text(shape) + ", got " + tuple_text(shape_of(*a)));
-    if (a->size() == 0) return {const_cast<void*>(a->data()), 0, 0};
-    const py::ssize_t item = a->itemsize(), inner = packed ? 1 : 2;
-    if (n > 1 && a->strides(inner) != item) fail(who + name + " must be contiguous in its last axis");
-    for (py::ssize_t i = 0; i < inner; ++i)
-      if (a->strides(i) % item) fail(who + name + " must have strides that are multiples of its item size");
-    if (writes && !a->writeable()) fail(who + name + " is read-only");
-    const py::ssize_t row = a->strides(inner - 1) / item;
-    return {const_cast<void*>(a->data()), packed ? row : a->strides(0) / item, row};
-  }
-};
 
 // Who runs when: `lengths` of a padded batch, or batch_sizes of packed rows.
 struct Layout {
@@ -247,6 +200,81 @@ struct Layout {
   void count() {
     start.assign(1, 0);
     for (int64_t n : active) start.push_back(start.back() + n);
+  }
+};
+
+// ---- arrays ----------------------------------------------------------------------------------------------------------------------------
+
+using Array = std::optional<py::array>;
+
+bool same(const py::dtype& a, const py::dtype& b) { return a.is(b) || a.equal(b); }  // an unpickled dtype is another object
+
+Dtype dtype_of(const py::array& a, const char* who) {
+  if (same(a.dtype(), py::dtype::of<float>())) return FLOAT32;
+  if (same(a.dtype(), py::dtype::of<double>())) return FLOAT64;
+  fail(std::string(who) + ": dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
+}
+
+// What an array is called, spelled out only for a message: "gradient of weight_ih_l0_reverse".
+struct Name {
+  const char* stem;
+  int64_t layer = -1;  // -1: of no layer
+  bool reversed = false, gradient = false;
+  Name(const char* stem_) : stem(stem_) {}
+  Name(const char* stem_, int64_t layer_, bool reversed_, bool gradient_ = false)
+      : stem(stem_), layer(layer_), reversed(reversed_), gradient(gradient_) {}
+  std::string text() const {
+    return (gradient ? "gradient of " : "") + std::string(stem) + (layer < 0 ? "" : "_l" + std::to_string(layer)) +
+           (reversed ? "_reverse" : "");
+  }
+};
+
+using Shape = std::initializer_list<py::ssize_t>;
+bool has_shape(const py::array& a, Shape shape) { return std::equal(shape.begin(), shape.end(), a.shape(), a.shape() + a.ndim()); }
+
+struct Checker {
+  CellKind kind;
+  py::dtype dtype;
+
+  [[noreturn]] void refuse(const Name& name, const std::string& what) const { fail(who() + name.text() + what); }
+  std::string who() const { return std::string(family(kind)) + ": "; }
+  void type(const py::array& a, const Name& name) const {
+    if (!same(a.dtype(), dtype))
+      refuse(name, " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
+  }
+  // A C-contiguous array of this shape; `symbols` as in "(G*H, I)".
+  const void* operator()(const Array& a, const Name& name, const char* symbols, Shape shape) const {
+    if (!a) return nullptr;
+    type(*a, name);
+    if (!has_shape(*a, shape)) {
+      std::string meaning = symbols;
+      if (const size_t at = meaning.find("G*"); at != std::string::npos)
+        meaning.replace(at, 2, gates(kind) == 1 ? "" : std::to_string(gates(kind)) + "*");
+      refuse(name, " must have shape " + meaning + (std::strpbrk(symbols, "*BHIRST") ? " = " + tuple_text(shape) : "") + ", got " +
+                       tuple_text(shape_of(*a)));
+    }
+    if (!(a->flags() & py::array::c_style)) refuse(name, " must be C-contiguous");
+    return a->data();
+  }
+  void* out(Array& a, const Name& name, const char* symbols, Shape shape) const {
+    (*this)(a, name, symbols, shape);
+    return a ? a->mutable_data() : nullptr;  // raises where a is read-only
+  }
+  // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
+  Tokens tokens(const Array& a, const Name& name, const Layout& l, py::ssize_t n, bool writes) const {
+    if (!a) return {nullptr, 0, 0};
+    type(*a, name);
+    const Shape padded{l.T, l.B, n}, packed{l.tokens(), n};
+    const Shape& shape = l.packed ? packed : padded;
+    if (!has_shape(*a, shape)) refuse(name, " must have shape " + tuple_text(shape) + ", got " + tuple_text(shape_of(*a)));
+    if (a->size() == 0) return {const_cast<void*>(a->data()), 0, 0};
+    const py::ssize_t item = a->itemsize(), inner = l.packed ? 1 : 2;
+    if (n > 1 && a->strides(inner) != item) refuse(name, " must be contiguous in its last axis");
+    for (py::ssize_t i = 0; i < inner; ++i)
+      if (a->strides(i) % item) refuse(name, " must have strides that are multiples of its item size");
+    if (writes && !a->writeable()) refuse(name, " is read-only");
+    const py::ssize_t row = a->strides(inner - 1) / item;
+    return {const_cast<void*>(a->data()), l.packed ? row : a->strides(0) / item, row};
   }
 };
 
@@ -380,43 +408,36 @@ void run_together(std::vector<Call>& calls) {
   rnnfast::run(2, each, both, [](void*, int) {});
 }
 
-// ---- one layer, one direction
-// ------------------------------------------------------------------------------------------------------------
+// ---- one layer, in one direction or both
+// --------------------------------------------------------------------------------------------------
 
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
+using Indices = py::array_t<int64_t, py::array::c_style>;
 
-Dtype dtype_of(const py::array& a, const std::string& who) {
-  if (same(a.dtype(), py::dtype::of<float>())) return FLOAT32;
-  if (same(a.dtype(), py::dtype::of<double>())) return FLOAT64;
-  fail(who + "dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
-}
-
-// Sizes and weights of a job, checked; `names` end in `suffix` as in weight_ih_l0_reverse.
-Checker take_weights(Job& j, CellKind kind, const Weights& w, const std::string& suffix, int64_t taps) {
-  const std::string who = family(kind) + ": ";
-  if (w.size() != 7 || !w[0] || !w[1]) fail(who + "weight_ih" + suffix + " and weight_hh" + suffix + " must be given");
-  const Checker check{who, w[0]->dtype()};
+// Sizes and weights of a job, checked.
+Checker take_weights(Job& j, CellKind kind, const Weights& w, int64_t layer, bool reversed, int64_t taps) {
+  const auto name = [&](const char* stem) { return Name(stem, layer, reversed); };
+  const std::string who = std::string(family(kind)) + ": ";
+  if (w.size() != 7 || !w[0] || !w[1]) fail(who + name("weight_ih").text() + " and " + name("weight_hh").text() + " must be given");
+  const Checker check{kind, w[0]->dtype()};
   const int64_t G = gates(kind);
-  const std::string ih = "weight_ih" + suffix;
   if (w[0]->ndim() != 2 || w[0]->shape(0) % G || w[0]->shape(0) == 0)
-    fail(who + ih + " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
+    check.refuse(name("weight_ih"), " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
   j.H = w[0]->shape(0) / G, j.I = w[0]->shape(1);
   j.projected = w[5].has_value();
-  if (j.projected && w[5]->ndim() != 2) fail(who + "weight_hr" + suffix + " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
+  if (j.projected && w[5]->ndim() != 2) check.refuse(name("weight_hr"), " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
   j.R = j.projected ? w[5]->shape(0) : j.H;
   j.taps = taps;
-  const std::string g = G == 1 ? "" : std::to_string(G) + "*";
   const int64_t GH = G * j.H;
-  j.w_ih = check(w[0], ih, ("(" + g + "H, I)").c_str(), {GH, j.I});
-  j.w_hh = check(w[1], "weight_hh" + suffix, ("(" + g + "H, " + (j.projected ? "R" : "H") + (taps > 1 ? "*taps)" : ")")).c_str(),
-                 {GH, j.R * taps});
-  j.b_ih = check(w[2], "bias_ih" + suffix, ("(" + g + "H,)").c_str(), {GH});
-  j.b_hh = check(w[3], "bias_hh" + suffix, ("(" + g + "H,)").c_str(), {GH});
-  j.peep = check(w[4], "weight_peep" + suffix, "(3, H)", {3, j.H});
-  j.w_hr = check(w[5], "weight_hr" + suffix, "(R, H)", {j.R, j.H});
-  j.b_hr = check(w[6], "bias_hr" + suffix, "(R,)", {j.R});
-  if ((kind == LSTM_PEEPHOLE) != w[4].has_value())
-    fail(who + "weight_peep" + suffix + " goes with the cell lstm_peephole, and only with it");
+  const char* hh = j.projected ? (taps > 1 ? "(G*H, R*taps)" : "(G*H, R)") : (taps > 1 ? "(G*H, H*taps)" : "(G*H, H)");
+  j.w_ih = check(w[0], name("weight_ih"), "(G*H, I)", {GH, j.I});
+  j.w_hh = check(w[1], name("weight_hh"), hh, {GH, j.R * taps});
+  j.b_ih = check(w[2], name("bias_ih"), "(G*H,)", {GH});
+  j.b_hh = check(w[3], name("bias_hh"), "(G*H,)", {GH});
+  j.peep = check(w[4], name("weight_peep"), "(3, H)", {3, j.H});
+  j.w_hr = check(w[5], name("weight_hr"), "(R, H)", {j.R, j.H});
+  j.b_hr = check(w[6], name("bias_hr"), "(R,)", {j.R});
+  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) check.refuse(name("weight_peep"), " goes with the cell lstm_peephole, and only with it");
   if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1))
     fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
   return check;
@@ -427,131 +448,211 @@ void take_layout(Job& j, const Layout& l, bool reversed) {
   j.active = l.active.data(), j.start = l.start.data(), j.time = l.time.data(), j.index = l.index.data();
 }
 
-using Events = std::optional<py::array_t<int64_t, py::array::c_style>>;
-void take_reset(Job& j, const Checker& check, const Events& reset, int64_t events) {
-  if (!reset) return;
-  if (reset->ndim() != 2 || reset->shape(0) != j.T || reset->shape(1) != j.B) fail(check.who + "reset must have shape (T, B)");
-  if (j.taps > 1) fail(check.who + "reset inside a call with output taps must be split by the caller");
-  const int64_t* e = reset->data();
+void take_reset(Job& j, const Checker& check, const Indices& reset, int64_t events) {
+  if (reset.ndim() != 2 || reset.shape(0) != j.T || reset.shape(1) != j.B) fail(check.who() + "reset must have shape (T, B)");
+  if (j.taps > 1) fail(check.who() + "reset inside a call with output taps must be split by the caller");
+  const int64_t* e = reset.data();
   for (int64_t i = 0; i < j.T * j.B; ++i)
-    if (e[i] >= events) fail(check.who + "reset event out of range");
+    if (e[i] >= events) fail(check.who() + "reset event out of range");
   j.reset = e;
 }
 
-// Calls that wait to be run together, by so many threads; whoever puts them here keeps their arrays alive.
-class Queue {
+py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights) {
+  Job j{};
+  const CellKind kind = kind_of(cell);
+  take_weights(j, kind, weights, 0, false, 1);
+  take_layout(j, layout, false);
+  return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], family(kind)), j));
+}
+
+// What backward needs of a forward: its jobs, everything that they point to, and their tapes.
+class Run {
  public:
-  explicit Queue(std::optional<int> threads) : most_(threads.value_or(ALL)) {
-    if (most_ < 1) fail("threads must be at least 1, got " + std::to_string(most_));
+  Run(CellKind kind_, const std::optional<std::string>& compute, int64_t taps, std::shared_ptr<const Layout> layout_,
+      const std::vector<Weights>& weights, int64_t layer_)
+      : layout(std::move(layout_)), layer(layer_), D(weights.size()), jobs(D), check{kind_, {}} {
+    if (D < 1 || D > 2) fail(check.who() + "a layer has weights for one direction or two");
+    for (size_t d = 0; d < D; ++d) {
+      Job& j = jobs[d];
+      const Checker own = take_weights(j, check.kind, weights[d], layer, d == 1, taps);
+      if (d == 0) check.dtype = own.dtype, dtype = dtype_of(*weights[0][0], family(check.kind));
+      if (!same(own.dtype, check.dtype) || j.H != jobs[0].H || j.I != jobs[0].I || j.R != jobs[0].R)
+        fail(check.who() + "both directions of a layer must have the same sizes and dtype");
+      take_layout(j, *layout, d == 1);
+      if (compute) j.compute = compute_of(*compute, dtype, family(check.kind));
+      for (const Array& w : weights[d]) keep(w);
+    }
   }
-  struct Entry {
-    CellKind kind;
-    Dtype dtype;
-    Job job;
-    bool backward;
-    Packs* snapshot;
-  };
-  void add(const Entry& e) { entries_.push_back(e); }
-  void run() {
-    std::vector<Entry> entries = std::exchange(entries_, {});
+  Run(const Run&) = delete;
+  ~Run() {
+    for (Buffer& tape : tapes) Pool::get().give(std::move(tape));
+  }
+
+  int64_t item() const { return dtype == FLOAT32 ? 4 : 8; }
+  void* at(const void* p, int64_t element) const { return p ? const_cast<char*>(static_cast<const char*>(p)) + element * item() : nullptr; }
+  // (tokens, D·n): the n columns of direction d.
+  Tokens part(const Tokens& t, size_t d, int64_t n) const { return {at(t.data, static_cast<int64_t>(d) * n), t.step, t.row}; }
+  // Number `layer`·D + d of an array (L*D, rows, n), for d = 0.
+  const void* slice(const Array& a, const Name& name, const char* symbols, int64_t rows, int64_t n) const {
+    const int64_t first = layer * static_cast<int64_t>(D), end = first + static_cast<int64_t>(D);
+    const int64_t all = a && a->ndim() == 3 ? std::max<int64_t>(a->shape(0), end) : end;
+    return at(check(a, name, symbols, {all, rows, n}), first * rows * n);
+  }
+  void* slice_out(Array& a, const Name& name, const char* symbols, int64_t rows, int64_t n) const {
+    void* p = const_cast<void*>(slice(a, name, symbols, rows, n));
+    if (a) a->mutable_data();  // raises where a is read-only
+    return p;
+  }
+
+  // Keeps an array that backward will read again where forward has checked it.
+  void keep(const Array& a) {
+    if (a) kept_.push_back({*a, a->data(), a->nbytes()});
+  }
+  // numpy lets a caller who insists give an array other memory.
+  void check_kept() const {
+    for (const Kept& k : kept_)
+      if (k.array.data() != k.data || k.array.nbytes() != k.bytes)
+        fail(check.who() + "x or a parameter has been resized between forward and backward");
+  }
+
+  size_t tape_size(size_t d) const { return kernels().tape_size(check.kind, dtype, jobs[d]); }
+  void compute(std::vector<Job>& now, bool backward, int most, const std::vector<Packs*>& snapshot) const {
+    if (layout->B == 0) return;
     const Unlocked unlocked;
     std::vector<Call> calls;
-    for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, most_, e.snapshot});
-    if (!calls.empty()) run_together(calls);
+    for (size_t d = 0; d < D; ++d)
+      calls.push_back(Call{check.kind, dtype, now[d], backward, most, snapshot.empty() ? nullptr : snapshot[d]});
+    run_together(calls);
   }
 
+  std::shared_ptr<const Layout> layout;
+  int64_t layer;
+  size_t D;
+  std::vector<Job> jobs;  // of forward, one a direction
+  Checker check;
+  Dtype dtype{};
+  std::vector<Indices> resets;
+  std::vector<Buffer> tapes;
+  std::vector<size_t> sizes;  // of the tapes, in elements
+
  private:
-  std::vector<Entry> entries_;
-  int most_;
+  struct Kept {
+    py::array array;
+    const void* data;
+    py::ssize_t bytes;
+  };
+  std::vector<Kept> kept_;
 };
 
-py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix,
-                      bool recompute) {
-  Job j{};
-  j.recompute = recompute;
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  take_layout(j, layout, false);
-  return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], check.who), j));
+int at_most(const std::optional<int>& threads) {
+  if (threads && *threads < 1) fail("threads must be at least 1, got " + std::to_string(*threads));
+  return threads.value_or(ALL);
 }
 
-void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
-             int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
-             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, bool recompute, Packs* snapshot,
-             Queue& queue) {
-  Job j{};
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  const Dtype dtype = dtype_of(*weights[0], check.who);
-  j.compute = compute_of(compute, dtype, check.who);
-  j.recompute = recompute;
-  take_layout(j, layout, reversed);
-  const int64_t S = j.R * taps;
-  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
-  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), true);
-  j.cells = check.tokens(cells, "cells", j.T, j.B, j.H, layout.packed, layout.tokens(), true);
-  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
-  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
-  j.h_T = check.out(h_T, "h_T", "(B, R)", {j.B, S});
-  j.c_T = check.out(c_T, "c_T", "(B, H)", {j.B, j.H});
-  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
-  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
-  if (!h_0 || (carries(kind) && !c_0)) fail(check.who + "h_0 and c_0 must be given");
-  if (reset && (!fresh_h || (carries(kind) && !fresh_c))) fail(check.who + "reset needs fresh states");
-  take_reset(j, check, reset, INT64_MAX);
-  if (tape && j.compute == INT8) fail(check.who + "compute_dtype int8 is for inference: it keeps no tape");
-  if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
-  if (j.B == 0) return;
-  queue.add({kind, dtype, j, false, snapshot});
+// Layer number `layer`: x, y and cells are of this layer, the states (L*D, B, ·) of all; resets are absent or one a direction.
+std::unique_ptr<Run> forward(const std::string& cell, std::shared_ptr<const Layout> layout, const std::vector<Weights>& weights,
+                             int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, const py::array& y,
+                             const Array& h_0, const Array& c_0, Array h_T, Array c_T, std::vector<Indices> resets, const Array& fresh_h,
+                             const Array& fresh_c, const Array& cells, bool tape, bool recompute, const std::vector<Packs*>& snapshot,
+                             const std::optional<int>& threads) {
+  const int most = at_most(threads);
+  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), weights, layer);
+  const Layout& l = *run->layout;
+  const Checker& check = run->check;
+  const Job& first = run->jobs[0];
+  const int64_t B = l.B, H = first.H, R = first.R, S = R * taps, D = static_cast<int64_t>(run->D);
+  const Tokens x_at = check.tokens(x, "x", l, first.I, false), y_at = check.tokens(y, "y", l, D * R, true),
+               cells_at = check.tokens(cells, "cells", l, D * H, true);
+  const void* h_0_at = run->slice(h_0, "h_0", "(L*D, B, R)", B, S);
+  const void* c_0_at = run->slice(c_0, "c_0", "(L*D, B, H)", B, H);
+  void* h_T_at = run->slice_out(h_T, "h_T", "(L*D, B, R)", B, S);
+  void* c_T_at = run->slice_out(c_T, "c_T", "(L*D, B, H)", B, H);
+  const void* fresh_h_at = run->slice(fresh_h, "fresh_h", "(L*D, 1, R)", 1, S);
+  const void* fresh_c_at = run->slice(fresh_c, "fresh_c", "(L*D, 1, H)", 1, H);
+  const bool carried = carries(check.kind);
+  if (!h_0 || (carried && !c_0)) fail(check.who() + "h_0 and c_0 must be given");
+  if (!resets.empty() && (!fresh_h || (carried && !fresh_c))) fail(check.who() + "reset needs fresh states");
+  if (!resets.empty() && resets.size() != run->D) fail(check.who() + "resets and snapshot must be one a direction");
+  if (!snapshot.empty() && snapshot.size() != run->D) fail(check.who() + "resets and snapshot must be one a direction");
+  if (tape && first.compute == INT8) fail(check.who() + "compute_dtype int8 is for inference: it keeps no tape");
+  for (size_t d = 0; d < run->D; ++d) {
+    Job& j = run->jobs[d];
+    const auto k = static_cast<int64_t>(d);
+    j.recompute = recompute;
+    j.x = x_at, j.y = run->part(y_at, d, R), j.cells = run->part(cells_at, d, H);
+    j.h_0 = run->at(h_0_at, k * B * S), j.h_T = run->at(h_T_at, k * B * S), j.fresh_h = run->at(fresh_h_at, k * S);
+    j.c_0 = run->at(c_0_at, k * B * H), j.c_T = run->at(c_T_at, k * B * H), j.fresh_c = run->at(fresh_c_at, k * H);
+    if (!resets.empty()) take_reset(j, check, resets[d], INT64_MAX);
+    if (!tape) continue;
+    run->sizes.push_back(run->tape_size(d));
+    run->tapes.push_back(Pool::get().take(std::max<size_t>(run->sizes[d], 1) * static_cast<size_t>(run->item())));
+    j.tape = run->tapes[d].data();
+  }
+  std::vector<Job> now = run->jobs;
+  run->compute(now, false, most, snapshot);
+  if (!tape) return nullptr;
+  for (const Array& a : {Array(x), Array(y), h_0, c_0, fresh_h, fresh_c}) run->keep(a);
+  run->resets = std::move(resets);
+  return run;
 }
 
-void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
-              int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
-              const Array& fresh_h, const Array& fresh_c, Array& tape, bool recompute, const py::array& dy, const Array& dh_T,
-              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, bool accumulate,
-              Queue& queue) {
-  Job j{};
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  const Dtype dtype = dtype_of(*weights[0], check.who);
-  j.compute = compute_of(compute, dtype, check.who);
-  j.recompute = recompute;
-  take_layout(j, layout, reversed);
-  const int64_t S = j.R * taps, G = gates(kind);
-  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
-  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
-  j.dy = check.tokens(dy, "dy", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
-  j.dx = check.tokens(dx, "dx", j.T, j.B, j.I, layout.packed, layout.tokens(), true);
-  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
-  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
-  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
-  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
-  j.dh_T = check(dh_T, "dh_T", "(B, R)", {j.B, S});
-  j.dc_T = check(dc_T, "dc_T", "(B, H)", {j.B, j.H});
-  j.dh_0 = check.out(dh_0, "dh_0", "(B, R)", {j.B, S});
-  j.dc_0 = check.out(dc_0, "dc_0", "(B, H)", {j.B, j.H});
-  if (!h_0 || !tape || (carries(kind) && !c_0)) fail(check.who + "h_0, c_0 and tape must be given");
-  const int64_t events = dreset_h && dreset_h->ndim() == 2 ? dreset_h->shape(0) : 0;
-  j.dreset_h = check.out(dreset_h, "dreset_h", "(n, R)", {events, S});
-  j.dreset_c = check.out(dreset_c, "dreset_c", "(n, H)", {events, j.H});
-  if (reset && (!dreset_h || (carries(kind) && !dreset_c))) fail(check.who + "reset needs dreset_h and dreset_c");
-  take_reset(j, check, reset, events);
-  j.tape = const_cast<void*>(check(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))}));
-  if (gradients.size() != 7) fail(check.who + "gradients must be 7 arrays or None");
-  const std::string d = "gradient of ";
-  j.dw_ih = check.out(gradients[0], d + "weight_ih" + suffix, "(G*H, I)", {G * j.H, j.I});
-  j.dw_hh = check.out(gradients[1], d + "weight_hh" + suffix, "(G*H, R)", {G * j.H, S});
-  j.db_ih = check.out(gradients[2], d + "bias_ih" + suffix, "(G*H,)", {G * j.H});
-  j.db_hh = check.out(gradients[3], d + "bias_hh" + suffix, "(G*H,)", {G * j.H});
-  j.dpeep = check.out(gradients[4], d + "weight_peep" + suffix, "(3, H)", {3, j.H});
-  j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
-  j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
-  j.overwrite = !accumulate;
-  if (j.overwrite && layout.tokens() == 0)
-    for (Array& g : gradients)
-      if (g) std::memset(g->mutable_data(), 0, static_cast<size_t>(g->nbytes()));
-  if (j.B == 0) return;
-  queue.add({kind, dtype, j, true, nullptr});
+// dy is of this layer, the states' gradients of all layers; dx, dreset_h and dreset_c are absent or one a direction; gradients likewise,
+// in the order of the weights, and null where not wanted.
+void backward(const Run& run, const py::array& dy, const Array& dh_T, const Array& dc_T, std::vector<Array> dx, Array dh_0, Array dc_0,
+              std::vector<Array> dreset_h, std::vector<Array> dreset_c, std::vector<Weights> gradients, bool accumulate,
+              const std::optional<int>& threads) {
+  const int most = at_most(threads);
+  const Layout& l = *run.layout;
+  const Checker& check = run.check;
+  run.check_kept();
+  std::vector<Job> jobs = run.jobs;
+  const Job& first = jobs[0];
+  const int64_t B = l.B, I = first.I, H = first.H, R = first.R, S = R * first.taps, GH = gates(check.kind) * H;
+  const Tokens dy_at = check.tokens(dy, "dy", l, static_cast<int64_t>(run.D) * R, false);
+  const void* dh_T_at = run.slice(dh_T, "dh_T", "(L*D, B, R)", B, S);
+  const void* dc_T_at = run.slice(dc_T, "dc_T", "(L*D, B, H)", B, H);
+  void* dh_0_at = run.slice_out(dh_0, "dh_0", "(L*D, B, R)", B, S);
+  void* dc_0_at = run.slice_out(dc_0, "dc_0", "(L*D, B, H)", B, H);
+  const auto one_each = [&](size_t n, const char* name) {
+    if (n != 0 && n != run.D) fail(check.who() + name + " must be one a direction");
+  };
+  one_each(dx.size(), "dx"), one_each(dreset_h.size(), "dreset_h"), one_each(dreset_c.size(), "dreset_c");
+  if (gradients.size() != run.D) fail(check.who() + "gradients must be given for every direction");
+  if (!run.resets.empty() && (dreset_h.empty() || (carries(check.kind) && dreset_c.empty())))
+    fail(check.who() + "reset needs dreset_h and dreset_c");
+  for (size_t d = 0; d < run.D; ++d) {
+    Job& j = jobs[d];
+    const auto k = static_cast<int64_t>(d);
+    if (run.tape_size(d) != run.sizes[d]) fail(check.who() + "the tape was written by another target");
+    j.dy = run.part(dy_at, d, R);
+    if (!dx.empty()) j.dx = check.tokens(dx[d], "dx", l, I, true);
+    j.dh_T = run.at(dh_T_at, k * B * S), j.dc_T = run.at(dc_T_at, k * B * H);
+    j.dh_0 = run.at(dh_0_at, k * B * S), j.dc_0 = run.at(dc_0_at, k * B * H);
+    if (!run.resets.empty()) {
+      const int64_t events = dreset_h[d] && dreset_h[d]->ndim() == 2 ? dreset_h[d]->shape(0) : 0;
+      j.dreset_h = check.out(dreset_h[d], "dreset_h", "(n, R)", {events, S});
+      if (!dreset_c.empty()) j.dreset_c = check.out(dreset_c[d], "dreset_c", "(n, H)", {events, H});
+      take_reset(j, check, run.resets[d], events);
+    }
+    Weights& g = gradients[d];
+    if (g.size() != 7) fail(check.who() + "gradients must be 7 arrays or None");
+    const auto out = [&](size_t i, const void* weight, const char* stem, const char* symbols, Shape shape) {
+      if (!weight) g[i].reset();
+      return check.out(g[i], Name(stem, run.layer, d == 1, true), symbols, shape);
+    };
+    j.dw_ih = out(0, j.w_ih, "weight_ih", "(G*H, I)", {GH, I});
+    j.dw_hh = out(1, j.w_hh, "weight_hh", "(G*H, R)", {GH, S});
+    j.db_ih = out(2, j.b_ih, "bias_ih", "(G*H,)", {GH});
+    j.db_hh = out(3, j.b_hh, "bias_hh", "(G*H,)", {GH});
+    j.dpeep = out(4, j.peep, "weight_peep", "(3, H)", {3, H});
+    j.dw_hr = out(5, j.w_hr, "weight_hr", "(R, H)", {R, H});
+    j.db_hr = out(6, j.b_hr, "bias_hr", "(R,)", {R});
+    j.overwrite = !accumulate;
+    if (j.overwrite && l.tokens() == 0)
+      for (Array& a : g)
+        if (a) std::memset(a->mutable_data(), 0, static_cast<size_t>(a->nbytes()));
+  }
+  run.compute(jobs, true, most, {});
 }
 
 // ---- streaming: one step at a time over a snapshot of the weights
@@ -584,11 +685,10 @@ class Stream {
     check_->type(x, "stream: x");
     if (x.shape(1) > 1 && x.strides(1) != x.itemsize()) fail(who() + "stream: x must be contiguous in its last axis");
     const py::ssize_t width = skip_ ? static_cast<py::ssize_t>(layers_.size()) * first.R : first.R;
-    const std::vector<py::ssize_t> shape{layout_.B, width};
     if (!out) {
-      out = py::array(check_->dtype, shape);
+      out = py::array(check_->dtype, {layout_.B, width});
     } else {
-      (*check_)(out, "stream: out", "(B, R)", shape);
+      (*check_)(out, "stream: out", "(B, R)", {layout_.B, width});
     }
     step(static_cast<const char*>(x.data()), x.strides(0), static_cast<char*>(out->mutable_data()));
     return *out;
@@ -696,7 +796,7 @@ class Stream {
     Buffer chunk_x;
   };
 
-  std::string who() const { return family(kind_) + ": "; }
+  std::string who() const { return std::string(family(kind_)) + ": "; }
   bool pair() const { return kind_ == LSTM || kind_ == LSTM_PEEPHOLE || (kind_ == GRU && layers_.front().job.projected); }
   size_t item() const { return static_cast<size_t>(check_->dtype.itemsize()); }
   size_t h_bytes() const { return static_cast<size_t>(layout_.B * layers_.front().job.R * taps_) * item(); }
@@ -713,15 +813,15 @@ class Stream {
   void build() {
     for (size_t i = 0; i < weights_.size(); ++i) {
       Layer l;
-      const Checker check = take_weights(l.job, kind_, weights_[i], "_l" + std::to_string(i), taps_);
-      if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], check.who);
-      l.job.compute = compute_of(compute_, dtype_, check.who);
+      const Checker check = take_weights(l.job, kind_, weights_[i], static_cast<int64_t>(i), false, taps_);
+      if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], family(kind_));
+      l.job.compute = compute_of(compute_, dtype_, family(kind_));
       take_layout(l.job, layout_, false);
       layers_.push_back(std::move(l));
       const Job& first = layers_.front().job;
       Job& j = layers_.back().job;
       if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0)))
-        fail(check.who + "stream: layers do not fit together");
+        fail(who() + "stream: layers do not fit together");
     }
     const auto L = static_cast<py::ssize_t>(layers_.size());
     (*check_)(live_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
@@ -1236,15 +1336,14 @@ PyMethodDef FUNCTIONS[] = {
 constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread
 
 // Of one dtype, contiguous, of n numbers.
-Dtype alike(const std::string& who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
+Dtype alike(const char* who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
   const py::array& first = **arrays.begin();
   for (const py::array* a : arrays)
     if (!same(a->dtype(), first.dtype()) || !(a->flags() & py::array::c_style) || a->size() != n)
-      fail(who + ": expected contiguous arrays of one dtype with " + std::to_string(n) + " numbers each");
-  return dtype_of(first, who + ": ");
+      fail(std::string(who) + ": expected contiguous arrays of one dtype with " + std::to_string(n) + " numbers each");
+  return dtype_of(first, who);
 }
 
-using Indices = py::array_t<int64_t, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
 
 // (Σ_v e^{a_v − max}, a_target − max) of every row; the gradient goes to `gradient`.
@@ -1295,7 +1394,7 @@ void adam(py::array p, const py::array& gradient, py::array mean, py::array squa
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "rnnfast's kernels; rnnfast.functional is the way in.";
-  py::class_<Layout>(m, "Layout")
+  py::class_<Layout, std::shared_ptr<Layout>>(m, "Layout")
       .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"),
            py::arg("lengths") = py::none())
       .def_static("from_batch_sizes", py::overload_cast<const py::array_t<int64_t>&>(&Layout::from_batch_sizes), py::arg("batch_sizes"))
@@ -1305,18 +1404,18 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
-  py::class_<Queue>(m, "Queue").def(py::init<std::optional<int>>(), py::arg("threads") = py::none()).def("run", &Queue::run);
-  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"),
-        py::arg("recompute"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
-        py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"),
-        py::arg("queue"));
-  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
-        py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("recompute"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"),
-        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"),
-        py::arg("accumulate"), py::arg("queue"));
+  py::class_<Run>(m, "Run").def_property_readonly("tapes", [](const py::object& self) {
+    const auto& run = self.cast<const Run&>();
+    py::list tapes;
+    for (size_t d = 0; d < run.D; ++d) tapes.append(py::array(run.check.dtype, {run.sizes[d]}, run.tapes[d].data(), self));
+    return tapes;
+  });
+  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("layer"), py::arg("compute"), py::arg("taps"),
+        py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("resets"), py::arg("fresh_h"),
+        py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"), py::arg("threads"));
+  m.def("backward", &backward, py::arg("run"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"),
+        py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("accumulate"), py::arg("threads"));
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
@@ -1350,7 +1449,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "peak",
       [](const std::string& compute, int64_t rounds) {
         const Dtype dtype = compute == "float64" ? FLOAT64 : FLOAT32;
-        const Compute products = compute_of(compute, dtype, "peak: ");
+        const Compute products = compute_of(compute, dtype, "peak");
         const Unlocked unlocked;
         return kernels().peak(dtype, products, rounds);
       },
