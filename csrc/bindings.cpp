@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <thread>
@@ -99,11 +100,10 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   Buffer take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> hold(lock_);
-      for (Buffer& b : free_)
-        if (b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
+      for (size_t i = free_.size(); i-- > 0;)  // the latest first: a cache may still hold it
+        if (Buffer& b = free_[i]; b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
           Buffer found = std::move(b);
-          b = std::move(free_.back());
-          free_.pop_back();
+          free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
           return found;
         }
     }
@@ -118,6 +118,18 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
  private:
   std::mutex lock_;
   std::vector<Buffer> free_;
+};
+
+class Lent {  // a buffer of the pool, given back in the end
+ public:
+  explicit Lent(size_t bytes) : buffer(Pool::get().take(std::max<size_t>(bytes, 64))) {}
+  Lent(Lent&&) = default;
+  ~Lent() {
+    if (buffer.data()) Pool::get().give(std::move(buffer));
+  }
+  void* data() const { return buffer.data(); }
+
+  Buffer buffer;
 };
 
 // ---- the cells by name -----------------------------------------------------------------------------------------------------------------
@@ -215,18 +227,22 @@ Dtype dtype_of(const py::array& a, const char* who) {
   fail(std::string(who) + ": dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
 }
 
-// What an array is called, spelled out only for a message: "gradient of weight_ih_l0_reverse".
+template <class T>
+void add(void* to, const void* from, int64_t n) {
+  auto* a = static_cast<T*>(to);
+  const auto* b = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; ++i) a[i] += b[i];
+}
+void add(Dtype dtype, void* to, const void* from, int64_t n) { dtype == FLOAT32 ? add<float>(to, from, n) : add<double>(to, from, n); }
+
+// What an array is called, spelled out only for a message.
 struct Name {
-  const char* stem;
-  int64_t layer = -1;  // -1: of no layer
-  bool reversed = false, gradient = false;
-  Name(const char* stem_) : stem(stem_) {}
-  Name(const char* stem_, int64_t layer_, bool reversed_, bool gradient_ = false)
-      : stem(stem_), layer(layer_), reversed(reversed_), gradient(gradient_) {}
-  std::string text() const {
-    return (gradient ? "gradient of " : "") + std::string(stem) + (layer < 0 ? "" : "_l" + std::to_string(layer)) +
-           (reversed ? "_reverse" : "");
-  }
+  const char* text_ = nullptr;
+  py::handle object{};    // a parameter's name
+  bool gradient = false;  // the gradient of that parameter
+  Name(const char* t) : text_(t) {}
+  Name(py::handle o, bool g = false) : object(o), gradient(g) {}
+  std::string text() const { return text_ ? text_ : (gradient ? "gradient of " : "") + std::string(py::str(object)); }
 };
 
 using Shape = std::initializer_list<py::ssize_t>;
@@ -414,30 +430,58 @@ void run_together(std::vector<Call>& calls) {
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
 using Indices = py::array_t<int64_t, py::array::c_style>;
 
+// Their names, which end in `suffix` as in weight_ih_l0_reverse.
+py::tuple names_of(const std::string& suffix) {
+  py::list names;
+  for (const char* stem : {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peep", "weight_hr", "bias_hr"})
+    names.append(py::str(stem + suffix));
+  return py::tuple(names);
+}
+
+// What a dict holds under these names, where it does.
+Weights find(const py::dict& arrays, const py::tuple& names, const char* who) {
+  Weights found;
+  found.reserve(names.size());
+  for (const py::handle name : names) {
+    PyObject* value = PyDict_GetItemWithError(arrays.ptr(), name.ptr());
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    if (!value || value == Py_None) {
+      found.emplace_back();
+    } else if (py::isinstance<py::array>(value)) {
+      found.emplace_back(py::reinterpret_borrow<py::array>(value));
+    } else {
+      throw py::type_error(std::string(who) + ": " + std::string(py::str(name)) + " must be an array, got " + Py_TYPE(value)->tp_name);
+    }
+  }
+  return found;
+}
+
 // Sizes and weights of a job, checked.
-Checker take_weights(Job& j, CellKind kind, const Weights& w, int64_t layer, bool reversed, int64_t taps) {
-  const auto name = [&](const char* stem) { return Name(stem, layer, reversed); };
+Checker take_weights(Job& j, CellKind kind, const Weights& w, const py::tuple& names, int64_t taps) {
   const std::string who = std::string(family(kind)) + ": ";
-  if (w.size() != 7 || !w[0] || !w[1]) fail(who + name("weight_ih").text() + " and " + name("weight_hh").text() + " must be given");
+  if (w.size() != 7 || names.size() != 7) fail(who + "weights must be 7 arrays or None");
+  const auto name = [&](size_t i) { return Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))); };
+  for (size_t i : {0, 1})
+    if (!w[i]) throw py::key_error(who + "params lacks '" + name(i).text() + "'");
   const Checker check{kind, w[0]->dtype()};
   const int64_t G = gates(kind);
   if (w[0]->ndim() != 2 || w[0]->shape(0) % G || w[0]->shape(0) == 0)
-    check.refuse(name("weight_ih"), " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
+    check.refuse(name(0), " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
   j.H = w[0]->shape(0) / G, j.I = w[0]->shape(1);
   j.projected = w[5].has_value();
-  if (j.projected && w[5]->ndim() != 2) check.refuse(name("weight_hr"), " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
+  if (j.projected && w[5]->ndim() != 2) check.refuse(name(5), " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
   j.R = j.projected ? w[5]->shape(0) : j.H;
   j.taps = taps;
   const int64_t GH = G * j.H;
   const char* hh = j.projected ? (taps > 1 ? "(G*H, R*taps)" : "(G*H, R)") : (taps > 1 ? "(G*H, H*taps)" : "(G*H, H)");
-  j.w_ih = check(w[0], name("weight_ih"), "(G*H, I)", {GH, j.I});
-  j.w_hh = check(w[1], name("weight_hh"), hh, {GH, j.R * taps});
-  j.b_ih = check(w[2], name("bias_ih"), "(G*H,)", {GH});
-  j.b_hh = check(w[3], name("bias_hh"), "(G*H,)", {GH});
-  j.peep = check(w[4], name("weight_peep"), "(3, H)", {3, j.H});
-  j.w_hr = check(w[5], name("weight_hr"), "(R, H)", {j.R, j.H});
-  j.b_hr = check(w[6], name("bias_hr"), "(R,)", {j.R});
-  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) check.refuse(name("weight_peep"), " goes with the cell lstm_peephole, and only with it");
+  j.w_ih = check(w[0], name(0), "(G*H, I)", {GH, j.I});
+  j.w_hh = check(w[1], name(1), hh, {GH, j.R * taps});
+  j.b_ih = check(w[2], name(2), "(G*H,)", {GH});
+  j.b_hh = check(w[3], name(3), "(G*H,)", {GH});
+  j.peep = check(w[4], name(4), "(3, H)", {3, j.H});
+  j.w_hr = check(w[5], name(5), "(R, H)", {j.R, j.H});
+  j.b_hr = check(w[6], name(6), "(R,)", {j.R});
+  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) check.refuse(name(4), " goes with the cell lstm_peephole, and only with it");
   if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1))
     fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
   return check;
@@ -448,19 +492,18 @@ void take_layout(Job& j, const Layout& l, bool reversed) {
   j.active = l.active.data(), j.start = l.start.data(), j.time = l.time.data(), j.index = l.index.data();
 }
 
-void take_reset(Job& j, const Checker& check, const Indices& reset, int64_t events) {
+// -> how many events there are.
+int64_t take_reset(Job& j, const Checker& check, const Indices& reset) {
   if (reset.ndim() != 2 || reset.shape(0) != j.T || reset.shape(1) != j.B) fail(check.who() + "reset must have shape (T, B)");
   if (j.taps > 1) fail(check.who() + "reset inside a call with output taps must be split by the caller");
-  const int64_t* e = reset.data();
-  for (int64_t i = 0; i < j.T * j.B; ++i)
-    if (e[i] >= events) fail(check.who() + "reset event out of range");
-  j.reset = e;
+  j.reset = reset.data();
+  return 1 + std::accumulate(j.reset, j.reset + j.T * j.B, int64_t{-1}, [](int64_t a, int64_t b) { return std::max(a, b); });
 }
 
 py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights) {
   Job j{};
   const CellKind kind = kind_of(cell);
-  take_weights(j, kind, weights, 0, false, 1);
+  take_weights(j, kind, weights, names_of(""), 1);
   take_layout(j, layout, false);
   return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], family(kind)), j));
 }
@@ -469,39 +512,46 @@ py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weigh
 class Run {
  public:
   Run(CellKind kind_, const std::optional<std::string>& compute, int64_t taps, std::shared_ptr<const Layout> layout_,
-      const std::vector<Weights>& weights, int64_t layer_)
-      : layout(std::move(layout_)), layer(layer_), D(weights.size()), jobs(D), check{kind_, {}} {
-    if (D < 1 || D > 2) fail(check.who() + "a layer has weights for one direction or two");
+      const py::dict& params, py::tuple names_, int64_t layer_)
+      : layout(std::move(layout_)), names(std::move(names_)), layer(layer_), D(names.size()), jobs(D), check{kind_, {}} {
+    if (D < 1 || D > 2 || layer < 0) fail(check.who() + "a layer has a number from 0 on, and one direction or two");
+    kept_.reserve(7 * D + 6);
     for (size_t d = 0; d < D; ++d) {
       Job& j = jobs[d];
-      const Checker own = take_weights(j, check.kind, weights[d], layer, d == 1, taps);
-      if (d == 0) check.dtype = own.dtype, dtype = dtype_of(*weights[0][0], family(check.kind));
+      const Weights weights = find(params, names[d], family(check.kind));
+      const Checker own = take_weights(j, check.kind, weights, names[d], taps);
+      if (d == 0) check.dtype = own.dtype, dtype = dtype_of(*weights[0], family(check.kind));
       if (!same(own.dtype, check.dtype) || j.H != jobs[0].H || j.I != jobs[0].I || j.R != jobs[0].R)
         fail(check.who() + "both directions of a layer must have the same sizes and dtype");
       take_layout(j, *layout, d == 1);
       if (compute) j.compute = compute_of(*compute, dtype, family(check.kind));
-      for (const Array& w : weights[d]) keep(w);
+      for (const Array& w : weights) keep(w);
     }
   }
   Run(const Run&) = delete;
-  ~Run() {
-    for (Buffer& tape : tapes) Pool::get().give(std::move(tape));
-  }
 
-  int64_t item() const { return dtype == FLOAT32 ? 4 : 8; }
-  void* at(const void* p, int64_t element) const { return p ? const_cast<char*>(static_cast<const char*>(p)) + element * item() : nullptr; }
+  size_t item() const { return dtype == FLOAT32 ? 4 : 8; }
+  void* at(const void* p, int64_t element) const {
+    return p ? const_cast<char*>(static_cast<const char*>(p)) + element * static_cast<int64_t>(item()) : nullptr;
+  }
   // (tokens, D·n): the n columns of direction d.
-  Tokens part(const Tokens& t, size_t d, int64_t n) const { return {at(t.data, static_cast<int64_t>(d) * n), t.step, t.row}; }
-  // Number `layer`·D + d of an array (L*D, rows, n), for d = 0.
-  const void* slice(const Array& a, const Name& name, const char* symbols, int64_t rows, int64_t n) const {
-    const int64_t first = layer * static_cast<int64_t>(D), end = first + static_cast<int64_t>(D);
-    const int64_t all = a && a->ndim() == 3 ? std::max<int64_t>(a->shape(0), end) : end;
+  Tokens part(const Tokens& t, int64_t d, int64_t n) const { return {at(t.data, d * n), t.step, t.row}; }
+  // Where this layer begins in an array (L*D, rows, n) of all layers.
+  const void* slice(const Array& a, const char* name, const char* symbols, int64_t rows, int64_t n) const {
+    const auto width = static_cast<int64_t>(D), first = layer * width;
+    const int64_t all = a && a->ndim() == 3 ? std::max<int64_t>(a->shape(0), first + width) : first + width;
     return at(check(a, name, symbols, {all, rows, n}), first * rows * n);
   }
-  void* slice_out(Array& a, const Name& name, const char* symbols, int64_t rows, int64_t n) const {
-    void* p = const_cast<void*>(slice(a, name, symbols, rows, n));
+  void* slice(Array& a, const char* name, const char* symbols, int64_t rows, int64_t n) const {
     if (a) a->mutable_data();  // raises where a is read-only
-    return p;
+    return const_cast<void*>(slice(std::as_const(a), name, symbols, rows, n));
+  }
+  // A new array for every token; 0 where there is none.
+  py::array fresh(int64_t n) const {
+    const Layout& l = *layout;
+    py::array a = l.packed ? py::array(check.dtype, {l.tokens(), n}) : py::array(check.dtype, {l.T, l.B, n});
+    if (l.ragged && !l.packed) std::memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
+    return a;
   }
 
   // Keeps an array that backward will read again where forward has checked it.
@@ -526,13 +576,15 @@ class Run {
   }
 
   std::shared_ptr<const Layout> layout;
+  py::tuple names;  // of the weights, one tuple a direction
   int64_t layer;
   size_t D;
   std::vector<Job> jobs;  // of forward, one a direction
   Checker check;
   Dtype dtype{};
   std::vector<Indices> resets;
-  std::vector<Buffer> tapes;
+  std::optional<Lent> zeros;  // the state where none is given
+  std::vector<Lent> tapes;
   std::vector<size_t> sizes;  // of the tapes, in elements
 
  private:
@@ -549,58 +601,61 @@ int at_most(const std::optional<int>& threads) {
   return threads.value_or(ALL);
 }
 
-// Layer number `layer`: x, y and cells are of this layer, the states (L*D, B, ·) of all; resets are absent or one a direction.
-std::unique_ptr<Run> forward(const std::string& cell, std::shared_ptr<const Layout> layout, const std::vector<Weights>& weights,
-                             int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, const py::array& y,
-                             const Array& h_0, const Array& c_0, Array h_T, Array c_T, std::vector<Indices> resets, const Array& fresh_h,
-                             const Array& fresh_c, const Array& cells, bool tape, bool recompute, const std::vector<Packs*>& snapshot,
-                             const std::optional<int>& threads) {
+// Layer number `layer`: x, y and cells are of this layer, the states (L*D, B, ·) of all, zeros where null; y is new where null; resets
+// and snapshot are absent or one a direction. -> y, run or None.
+py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout, const py::dict& params, const py::tuple& names,
+                  int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, Array y, const Array& h_0,
+                  const Array& c_0, Array h_T, Array c_T, std::vector<Indices> resets, const Array& fresh_h, const Array& fresh_c,
+                  const Array& cells, bool tape, bool recompute, const std::vector<Packs*>& snapshot, const std::optional<int>& threads) {
   const int most = at_most(threads);
-  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), weights, layer);
+  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), params, names, layer);
   const Layout& l = *run->layout;
   const Checker& check = run->check;
   const Job& first = run->jobs[0];
   const int64_t B = l.B, H = first.H, R = first.R, S = R * taps, D = static_cast<int64_t>(run->D);
+  if (!y) y = run->fresh(D * R);
   const Tokens x_at = check.tokens(x, "x", l, first.I, false), y_at = check.tokens(y, "y", l, D * R, true),
                cells_at = check.tokens(cells, "cells", l, D * H, true);
   const void* h_0_at = run->slice(h_0, "h_0", "(L*D, B, R)", B, S);
   const void* c_0_at = run->slice(c_0, "c_0", "(L*D, B, H)", B, H);
-  void* h_T_at = run->slice_out(h_T, "h_T", "(L*D, B, R)", B, S);
-  void* c_T_at = run->slice_out(c_T, "c_T", "(L*D, B, H)", B, H);
+  void* h_T_at = run->slice(h_T, "h_T", "(L*D, B, R)", B, S);
+  void* c_T_at = run->slice(c_T, "c_T", "(L*D, B, H)", B, H);
   const void* fresh_h_at = run->slice(fresh_h, "fresh_h", "(L*D, 1, R)", 1, S);
   const void* fresh_c_at = run->slice(fresh_c, "fresh_c", "(L*D, 1, H)", 1, H);
   const bool carried = carries(check.kind);
-  if (!h_0 || (carried && !c_0)) fail(check.who() + "h_0 and c_0 must be given");
+  if (!h_0 || (carried && !c_0)) {
+    const size_t bytes = static_cast<size_t>(B * std::max(S, H)) * run->item();
+    std::memset(run->zeros.emplace(bytes).data(), 0, bytes);
+  }
   if (!resets.empty() && (!fresh_h || (carried && !fresh_c))) fail(check.who() + "reset needs fresh states");
-  if (!resets.empty() && resets.size() != run->D) fail(check.who() + "resets and snapshot must be one a direction");
-  if (!snapshot.empty() && snapshot.size() != run->D) fail(check.who() + "resets and snapshot must be one a direction");
+  if ((!resets.empty() && resets.size() != run->D) || (!snapshot.empty() && snapshot.size() != run->D))
+    fail(check.who() + "resets and snapshot must be one a direction");
   if (tape && first.compute == INT8) fail(check.who() + "compute_dtype int8 is for inference: it keeps no tape");
-  for (size_t d = 0; d < run->D; ++d) {
-    Job& j = run->jobs[d];
-    const auto k = static_cast<int64_t>(d);
+  for (int64_t d = 0; d < D; ++d) {
+    Job& j = run->jobs[static_cast<size_t>(d)];
     j.recompute = recompute;
     j.x = x_at, j.y = run->part(y_at, d, R), j.cells = run->part(cells_at, d, H);
-    j.h_0 = run->at(h_0_at, k * B * S), j.h_T = run->at(h_T_at, k * B * S), j.fresh_h = run->at(fresh_h_at, k * S);
-    j.c_0 = run->at(c_0_at, k * B * H), j.c_T = run->at(c_T_at, k * B * H), j.fresh_c = run->at(fresh_c_at, k * H);
-    if (!resets.empty()) take_reset(j, check, resets[d], INT64_MAX);
+    j.h_0 = h_0 ? run->at(h_0_at, d * B * S) : run->zeros->data();
+    if (carried) j.c_0 = c_0 ? run->at(c_0_at, d * B * H) : run->zeros->data();
+    j.h_T = run->at(h_T_at, d * B * S), j.fresh_h = run->at(fresh_h_at, d * S);
+    j.c_T = run->at(c_T_at, d * B * H), j.fresh_c = run->at(fresh_c_at, d * H);
+    if (!resets.empty()) take_reset(j, check, resets[static_cast<size_t>(d)]);
     if (!tape) continue;
-    run->sizes.push_back(run->tape_size(d));
-    run->tapes.push_back(Pool::get().take(std::max<size_t>(run->sizes[d], 1) * static_cast<size_t>(run->item())));
-    j.tape = run->tapes[d].data();
+    run->sizes.push_back(run->tape_size(static_cast<size_t>(d)));
+    j.tape = run->tapes.emplace_back(run->sizes.back() * run->item()).data();
   }
   std::vector<Job> now = run->jobs;
   run->compute(now, false, most, snapshot);
-  if (!tape) return nullptr;
-  for (const Array& a : {Array(x), Array(y), h_0, c_0, fresh_h, fresh_c}) run->keep(a);
+  if (!tape) return py::make_tuple(*y, py::none());
+  for (const Array& a : {Array(x), y, h_0, c_0, fresh_h, fresh_c}) run->keep(a);
   run->resets = std::move(resets);
-  return run;
+  return py::make_tuple(*y, std::move(run));
 }
 
-// dy is of this layer, the states' gradients of all layers; dx, dreset_h and dreset_c are absent or one a direction; gradients likewise,
-// in the order of the weights, and null where not wanted.
-void backward(const Run& run, const py::array& dy, const Array& dh_T, const Array& dc_T, std::vector<Array> dx, Array dh_0, Array dc_0,
-              std::vector<Array> dreset_h, std::vector<Array> dreset_c, std::vector<Weights> gradients, bool accumulate,
-              const std::optional<int>& threads) {
+// dy is of this layer, the states' gradients of all layers. -> dx or None, and for each direction with resets the gradients (events, R) and
+// (events, H) of the states that they put.
+py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const Array& dc_T, bool need_dx, Array dh_0, Array dc_0,
+                   const py::dict& gradients, bool accumulate, const std::optional<int>& threads) {
   const int most = at_most(threads);
   const Layout& l = *run.layout;
   const Checker& check = run.check;
@@ -611,48 +666,45 @@ void backward(const Run& run, const py::array& dy, const Array& dh_T, const Arra
   const Tokens dy_at = check.tokens(dy, "dy", l, static_cast<int64_t>(run.D) * R, false);
   const void* dh_T_at = run.slice(dh_T, "dh_T", "(L*D, B, R)", B, S);
   const void* dc_T_at = run.slice(dc_T, "dc_T", "(L*D, B, H)", B, H);
-  void* dh_0_at = run.slice_out(dh_0, "dh_0", "(L*D, B, R)", B, S);
-  void* dc_0_at = run.slice_out(dc_0, "dc_0", "(L*D, B, H)", B, H);
-  const auto one_each = [&](size_t n, const char* name) {
-    if (n != 0 && n != run.D) fail(check.who() + name + " must be one a direction");
-  };
-  one_each(dx.size(), "dx"), one_each(dreset_h.size(), "dreset_h"), one_each(dreset_c.size(), "dreset_c");
-  if (gradients.size() != run.D) fail(check.who() + "gradients must be given for every direction");
-  if (!run.resets.empty() && (dreset_h.empty() || (carries(check.kind) && dreset_c.empty())))
-    fail(check.who() + "reset needs dreset_h and dreset_c");
+  void* dh_0_at = run.slice(dh_0, "dh_0", "(L*D, B, R)", B, S);
+  void* dc_0_at = run.slice(dc_0, "dc_0", "(L*D, B, H)", B, H);
+  std::vector<Array> dx;
+  py::list dresets;
   for (size_t d = 0; d < run.D; ++d) {
     Job& j = jobs[d];
     const auto k = static_cast<int64_t>(d);
     if (run.tape_size(d) != run.sizes[d]) fail(check.who() + "the tape was written by another target");
-    j.dy = run.part(dy_at, d, R);
-    if (!dx.empty()) j.dx = check.tokens(dx[d], "dx", l, I, true);
+    j.dy = run.part(dy_at, k, R);
+    if (need_dx) j.dx = check.tokens(dx.emplace_back(run.fresh(I)), "dx", l, I, true);
     j.dh_T = run.at(dh_T_at, k * B * S), j.dc_T = run.at(dc_T_at, k * B * H);
     j.dh_0 = run.at(dh_0_at, k * B * S), j.dc_0 = run.at(dc_0_at, k * B * H);
     if (!run.resets.empty()) {
-      const int64_t events = dreset_h[d] && dreset_h[d]->ndim() == 2 ? dreset_h[d]->shape(0) : 0;
-      j.dreset_h = check.out(dreset_h[d], "dreset_h", "(n, R)", {events, S});
-      if (!dreset_c.empty()) j.dreset_c = check.out(dreset_c[d], "dreset_c", "(n, H)", {events, H});
-      take_reset(j, check, run.resets[d], events);
+      const int64_t events = take_reset(j, check, run.resets[d]);
+      py::array dreset_h(check.dtype, {events, S}), dreset_c(check.dtype, {carries(check.kind) ? events : 0, H});
+      j.dreset_h = dreset_h.mutable_data(), j.dreset_c = dreset_c.mutable_data();
+      dresets.append(py::make_tuple(std::move(dreset_h), std::move(dreset_c)));
     }
-    Weights& g = gradients[d];
-    if (g.size() != 7) fail(check.who() + "gradients must be 7 arrays or None");
-    const auto out = [&](size_t i, const void* weight, const char* stem, const char* symbols, Shape shape) {
+    const py::tuple names = run.names[d];
+    Weights g = find(gradients, names, family(check.kind));
+    const auto out = [&](size_t i, const void* weight, const char* symbols, Shape shape) {
       if (!weight) g[i].reset();
-      return check.out(g[i], Name(stem, run.layer, d == 1, true), symbols, shape);
+      return check.out(g[i], Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i)), true), symbols, shape);
     };
-    j.dw_ih = out(0, j.w_ih, "weight_ih", "(G*H, I)", {GH, I});
-    j.dw_hh = out(1, j.w_hh, "weight_hh", "(G*H, R)", {GH, S});
-    j.db_ih = out(2, j.b_ih, "bias_ih", "(G*H,)", {GH});
-    j.db_hh = out(3, j.b_hh, "bias_hh", "(G*H,)", {GH});
-    j.dpeep = out(4, j.peep, "weight_peep", "(3, H)", {3, H});
-    j.dw_hr = out(5, j.w_hr, "weight_hr", "(R, H)", {R, H});
-    j.db_hr = out(6, j.b_hr, "bias_hr", "(R,)", {R});
+    j.dw_ih = out(0, j.w_ih, "(G*H, I)", {GH, I});
+    j.dw_hh = out(1, j.w_hh, "(G*H, R)", {GH, S});
+    j.db_ih = out(2, j.b_ih, "(G*H,)", {GH});
+    j.db_hh = out(3, j.b_hh, "(G*H,)", {GH});
+    j.dpeep = out(4, j.peep, "(3, H)", {3, H});
+    j.dw_hr = out(5, j.w_hr, "(R, H)", {R, H});
+    j.db_hr = out(6, j.b_hr, "(R,)", {R});
     j.overwrite = !accumulate;
     if (j.overwrite && l.tokens() == 0)
       for (Array& a : g)
         if (a) std::memset(a->mutable_data(), 0, static_cast<size_t>(a->nbytes()));
   }
   run.compute(jobs, true, most, {});
+  if (dx.size() == 2) add(run.dtype, dx[0]->mutable_data(), dx[1]->data(), dx[0]->size());
+  return py::make_tuple(dx.empty() ? py::object(py::none()) : py::object(*dx[0]), std::move(dresets));
 }
 
 // ---- streaming: one step at a time over a snapshot of the weights
@@ -813,7 +865,7 @@ class Stream {
   void build() {
     for (size_t i = 0; i < weights_.size(); ++i) {
       Layer l;
-      const Checker check = take_weights(l.job, kind_, weights_[i], static_cast<int64_t>(i), false, taps_);
+      const Checker check = take_weights(l.job, kind_, weights_[i], names_of("_l" + std::to_string(i)), taps_);
       if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], family(kind_));
       l.job.compute = compute_of(compute_, dtype_, family(kind_));
       take_layout(l.job, layout_, false);
@@ -1153,13 +1205,6 @@ py::object pooled(const Stack& s, int64_t n, void** data) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
-struct Lent {  // a buffer of the pool for the length of a call
-  Buffer buffer;
-  explicit Lent(size_t bytes) : buffer(Pool::get().take(std::max<size_t>(bytes, 64))) {}
-  Lent(const Lent&) = delete;
-  ~Lent() { Pool::get().give(std::move(buffer)); }
-};
-
 // -> y, h_T, c_T or None, tape or None. One step (x (B, I)): y is h_T, and h_T is None.
 py::object forward(Stack& s) {
   void *y = nullptr, *h_T = nullptr, *c_T = nullptr, *tape = nullptr;
@@ -1194,14 +1239,6 @@ py::object forward(Stack& s) {
   }
   return py::make_tuple(y_object, h_object, c_object, tape_object);
 }
-
-template <class T>
-void add(void* to, const void* from, int64_t n) {
-  auto* a = static_cast<T*>(to);
-  const auto* b = static_cast<const T*>(from);
-  for (int64_t i = 0; i < n; ++i) a[i] += b[i];
-}
-void add(const Stack& s, void* to, const void* from, int64_t n) { s.dtype == FLOAT32 ? add<float>(to, from, n) : add<double>(to, from, n); }
 
 // -> dx, dh_0, dc_0, then one gradient a weight; None where not needed.
 py::object backward(Stack& s, Py_ssize_t count) {
@@ -1292,9 +1329,9 @@ py::object backward(Stack& s, Py_ssize_t count) {
       s.run(l, true);
       for (int64_t d = 0; d < s.D; ++d) {
         const Job& j = s.jobs[static_cast<size_t>(l * s.D + d)];
-        if (carries(s.kind) && !dc) add(s, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
+        if (carries(s.kind) && !dc) add(s.dtype, j.dh_0, j.dc_0, s.B * s.H);  // a GRU carries its own h
       }
-      if (below && s.D == 2) add(s, below, other.buffer.data(), s.tokens * in);
+      if (below && s.D == 2) add(s.dtype, below, other.buffer.data(), s.tokens * in);
       dy = s.side_by_side(below, width, false);
     }
   }
@@ -1411,11 +1448,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     return tapes;
   });
   m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("layer"), py::arg("compute"), py::arg("taps"),
-        py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("resets"), py::arg("fresh_h"),
-        py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"), py::arg("threads"));
-  m.def("backward", &backward, py::arg("run"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("dx"), py::arg("dh_0"),
-        py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"), py::arg("accumulate"), py::arg("threads"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("params"), py::arg("names"), py::arg("layer"), py::arg("compute"),
+        py::arg("taps"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("resets"),
+        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"),
+        py::arg("threads"));
+  m.def("backward", &backward, py::arg("run"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("need_dx"), py::arg("dh_0"),
+        py::arg("dc_0"), py::arg("gradients"), py::arg("accumulate"), py::arg("threads"));
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),

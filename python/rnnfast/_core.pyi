@@ -39,18 +39,19 @@ class Stream:
 
 def tape_size(cell: str, layout: Layout, weights: list[Array | None]) -> int: ...
 
-# One layer, in as many directions as there are weights. x, y, cells, dy and dx are the layer's; states and their gradients (L*D, B, ...) are
-# those of all layers; what is a list may be empty or holds one entry a direction.
+# One layer, in as many directions as there are tuples of names. x, y, cells, dy and dx are the layer's; states and their gradients
+# (L*D, B, ...) are those of all layers; resets and snapshot are empty or hold one entry a direction.
 def forward(
     cell: str,
     layout: Layout,
-    weights: list[list[Array | None]],
+    params: dict[str, Array],
+    names: tuple[tuple[str, ...], ...],
     layer: int,
     compute: str | None,
     taps: int,
     x: Array,
-    y: Array,
-    h_0: Array,
+    y: Array | None,
+    h_0: Array | None,
     c_0: Array | None,
     h_T: Array | None,
     c_T: Array | None,
@@ -62,21 +63,19 @@ def forward(
     recompute: bool,
     snapshot: list[Packs],
     threads: int | None,
-) -> Run | None: ...
+) -> tuple[Array, Run | None]: ...  # y, and what backward needs where a tape is wanted
 def backward(
     run: Run,
     dy: Array,
     dh_T: Array | None,
     dc_T: Array | None,
-    dx: list[Array],
+    need_dx: bool,
     dh_0: Array | None,
     dc_0: Array | None,
-    dreset_h: list[Array],
-    dreset_c: list[Array],
-    gradients: list[list[Array | None]],
+    gradients: dict[str, Array],
     accumulate: bool,
     threads: int | None,
-) -> None: ...
+) -> tuple[Array | None, list[tuple[Array, Array]]]: ...  # dx, and for each direction with resets the gradients of the states they put
 def peak(compute: str, rounds: int) -> float: ...  # operations done in registers: what a product can reach at most
 def targets() -> list[str]: ...
 def target() -> str: ...

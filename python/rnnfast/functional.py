@@ -43,8 +43,6 @@ class Tape:
     runs: list[_core.Run]  # one a layer
     x: Array  # (T, B, I)
     sizes: tuple[int, int, int, int, int, int]  # L, D, B, H, R, S
-    padded: bool  # are there steps past a row's end?
-    events: list[int]  # resets in each direction; none without resets
     dropout_masks: Sequence[Array] | None
     skip: bool
     paired: bool  # is the state (h, c)?
@@ -84,28 +82,18 @@ def _lengths(lengths: Any, who: str) -> NDArray[np.int64] | None:
 
 
 def _weights(params: Mapping[str, Array], suffix: str, who: str) -> _Weights:
-    names = _names(suffix)
-    weights = list(map(params.get, names))
-    for i in (0, 1):
-        if weights[i] is None:
-            raise KeyError(f"{who}: params lacks {names[i]!r}")
-    return weights
-
-
-@lru_cache(256)
-def _names(suffix: str) -> tuple[str, ...]:
-    return tuple(name + suffix for name in _NAMES)
+    for name in ("weight_ih", "weight_hh"):
+        if name + suffix not in params:
+            raise KeyError(f"{who}: params lacks {name + suffix!r}")
+    return [params.get(name + suffix) for name in _NAMES]
 
 
 @lru_cache(64)
-def _suffixes(L: int, D: int) -> list[str]:
-    """What the names of parameters end in: layer by layer, direction by direction."""
-    return [f"_l{layer}" + ("_reverse" if d else "") for layer in range(L) for d in range(D)]
-
-
-@lru_cache(64)
-def _all_names(L: int, D: int) -> frozenset[str]:
-    return frozenset(name for suffix in _suffixes(L, D) for name in _names(suffix))
+def _names(L: int, D: int) -> tuple[list[tuple[tuple[str, ...], ...]], frozenset[str]]:
+    """The names of each layer's weights in each direction, and all of them: those whose gradients the kernels write."""
+    ends = [[f"_l{layer}" + ("_reverse" if d else "") for d in range(D)] for layer in range(L)]
+    names = [tuple(tuple(name + end for name in _NAMES) for end in directions) for directions in ends]
+    return names, frozenset(name for layer in names for direction in layer for name in direction)
 
 
 def _left(array: Array | None, n: int) -> Array | None:
@@ -196,14 +184,16 @@ def forward(
         raise ValueError(f"{who}: has no cell states")
     if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
         raise ValueError(f"{cell}: takes no projection and no output taps, since r multiplies the H-wide state unit by unit")
+    params = params if isinstance(params, dict) else dict(params)
     x = _array(x, "x", who)
     if x.ndim != (3 if batch_sizes is None else 2):
         raise ValueError(f"{who}: x must have shape {'(T, B, I)' if batch_sizes is None else '(tokens, I)'}, got {x.shape}")
     I = x.shape[-1]
-    suffixes = _suffixes(L, D)
-    weights = [_weights(params, suffix, who) for suffix in suffixes]
-    w_ih, w_hh, w_hr = weights[0][0], weights[0][1], weights[0][5]
-    assert w_ih is not None and w_hh is not None
+    names, _ = _names(L, D)
+    first = names[0][0]
+    w_ih, w_hh, w_hr = params.get(first[0]), params.get(first[1]), params.get(first[5])
+    if w_ih is None or w_hh is None:
+        raise KeyError(f"{who}: params lacks {first[w_ih is not None]!r}")
     gates = 4 if lstm else 3 if who == "gru" else 1
     if w_ih.ndim != 2 or w_ih.shape[0] % gates or w_ih.shape[1] != I:
         H = w_hh.shape[0] // gates if w_hh.ndim else 0
@@ -226,20 +216,21 @@ def forward(
     paired = lstm or (who == "gru" and w_hr is not None)
     if cut is not None and output_taps > 1:
         return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute_dtype, recompute, threads)
+    h_shape, c_shape = (L * D, B, S), (L * D, B, H)
     fresh_h = _initial(params, "h_0", (L * D, 1, S), x.dtype, who)
     fresh_c = _initial(params, "c_0", (L * D, 1, H), x.dtype, who)
-    h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
+    h_0, c_0 = _state(state, paired, h_shape, c_shape, fresh_h, fresh_c, x.dtype, who)
     events: list[NDArray[np.int64]] = []
     if cut is not None:
         events = [_events(cut, d == 1) for d in range(D)]
-        fresh_h, fresh_c = _rows(fresh_h, (L * D, 1, S), x.dtype), _rows(fresh_c, (L * D, 1, H), x.dtype)
+        fresh_h = np.zeros((L * D, 1, S), x.dtype) if fresh_h is None else fresh_h
+        fresh_c = np.zeros((L * D, 1, H), x.dtype) if fresh_c is None else fresh_c
     if carries and not paired:  # a GRU carries its own h
         c_0, fresh_c = _left(h_0, H), _left(fresh_h, H)
 
-    h_T, c_T = np.empty((L * D, B, S), x.dtype), (np.empty((L * D, B, H), x.dtype) if paired else None)
-    padded = ends is not None and layout.ragged
-    new = np.zeros if padded else np.empty
-    every_y = new((*lead, L * D * R if skip else D * R), x.dtype) if skip or L == 1 else None
+    h_T, c_T = np.empty(h_shape, x.dtype), np.empty(c_shape, x.dtype) if paired else None
+    new = np.zeros if ends is not None else np.empty
+    every_y = new((*lead, L * D * R), x.dtype) if skip else None
     every_c = new((*lead, (L if skip else 1) * D * H), x.dtype) if cells else None
     runs: list[_core.Run] = []
     y = below = x
@@ -247,13 +238,12 @@ def forward(
         if layer > 0:
             below = y if dropout_masks is None else y * dropout_masks[layer - 1]
             below = np.concatenate((x, below), axis=-1) if skip else below
-        y = new((*lead, D * R), x.dtype) if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R] if skip else every_y
-        c = None if every_c is None else every_c[..., layer * D * H : (layer + 1) * D * H] if skip else every_c if layer == L - 1 else None
-        own = slice(layer * D, (layer + 1) * D)
-        packs = [] if snapshot is None else [snapshot.setdefault(suffix, _core.Packs()) for suffix in suffixes[own]]
-        run = _core.forward(
-            cell, layout, weights[own], layer, compute_dtype, output_taps, below, y, h_0, c_0, h_T, c_T, events, fresh_h, fresh_c if carries else None, c,
-            tape, recompute, packs, threads,
+        y_out = None if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
+        c_out = None if every_c is None else every_c[..., layer * D * H : (layer + 1) * D * H] if skip else every_c if layer == L - 1 else None
+        packs = [] if snapshot is None else [snapshot.setdefault(name, _core.Packs()) for name, *_ in names[layer]]
+        y, run = _core.forward(
+            cell, layout, params, names[layer], layer, compute_dtype, output_taps, below, y_out, h_0, c_0, h_T, c_T, events, fresh_h,
+            fresh_c if carries else None, c_out, tape, recompute, packs, threads,
         )  # fmt: skip
         if run is not None:
             runs.append(run)
@@ -261,8 +251,7 @@ def forward(
     final = h_T if c_T is None else (h_T, c_T)
     kept = None
     if tape:
-        counts = [int(numbers.max(initial=-1)) + 1 for numbers in events]
-        kept = Tape(cell, params, runs, x, (L, D, B, H, R, S), padded, counts, dropout_masks, skip, paired, state is not None)
+        kept = Tape(cell, params, runs, x, (L, D, B, H, R, S), dropout_masks, skip, paired, state is not None)
         if _DEBUG:
             kept.checksum = zlib.crc32(x.tobytes())
         result.setflags(write=False)
@@ -313,18 +302,18 @@ def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dty
     return None if value is None else _expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who)
 
 
-def _rows(fresh: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """A fresh state (L*D, 1, n), zeros where None, for every row of the batch."""
-    return np.zeros(shape, dtype) if fresh is None else np.repeat(fresh, shape[1], axis=1)
+def _rows(fresh: Array | None, B: int) -> Array | None:
+    """A fresh state (L*D, 1, n) for every row of the batch."""
+    return None if fresh is None else np.repeat(fresh, B, axis=1)
 
 
 def _state(
     state: Any, paired: bool, h_shape: tuple[int, ...], c_shape: tuple[int, ...], fresh_h: Array | None, fresh_c: Array | None,
     dtype: np.dtype[Any], who: str,
-) -> tuple[Array, Array | None]:  # fmt: skip
-    """Copies of h and c, so that a tape never sees what the caller does to its own."""
+) -> tuple[Array | None, Array | None]:  # fmt: skip
+    """Copies of h and c, so that a tape never sees what the caller does to its own; None for zeros."""
     if state is None:
-        return _rows(fresh_h, h_shape, dtype), _rows(fresh_c, c_shape, dtype) if paired else None
+        return _rows(fresh_h, h_shape[1]), _rows(fresh_c, c_shape[1]) if paired else None
     if paired != isinstance(state, (tuple, list)) or (paired and len(state) != 2):
         raise ValueError(f"{who}: state must be {'a pair (h, c)' if paired else 'one array h'}, got {type(state).__name__}")
     parts = [_array(part, name, who) for part, name in zip(state if paired else (state,), "hc")]
@@ -380,32 +369,24 @@ def backward(
             raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradient.shape}")
 
     if not accumulate:
-        for name in tape.params.keys() - _all_names(L, D):  # which no kernel writes
-            gradients[name].fill(0)
+        written = _names(L, D)[1]
+        for name in tape.params:
+            if name not in written:
+                gradients[name].fill(0)
     dh_0 = np.empty((L * D, B, S), dtype)
     dc_0 = np.empty((L * D, B, H), dtype) if carries else None
-    new = np.zeros if tape.padded else np.empty
     dx: Array | None = None
     dx_skip: Array | None = None  # what the layers above the first send to x under skip
     dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
     for layer in reversed(range(L)):
-        shape = x.shape if layer == 0 else (*lead, D * R + (x.shape[-1] if tape.skip else 0))
-        below = [new(shape, dtype) for _ in range(D)] if layer > 0 or need_dx else []
-        dreset_h = [np.empty((events, S), dtype) for events in tape.events]
-        dreset_c = [np.empty((events, H), dtype) for events in tape.events] if carries else []
-        to = [list(map(gradients.get, _names(suffix))) for suffix in _suffixes(L, D)[layer * D : (layer + 1) * D]]
-        _core.backward(tape.runs[layer], dy_l, dh_T, dc_T, below, dh_0, dc_0, dreset_h, dreset_c, to, accumulate, threads)
-        for d in range(len(tape.events)):
-            k = layer * D + d
-            if dreset_c and not tape.paired:
-                dreset_h[d][:, :H] += dreset_c[d]
+        total, resets = _core.backward(tape.runs[layer], dy_l, dh_T, dc_T, layer > 0 or need_dx, dh_0, dc_0, gradients, accumulate, threads)
+        for k, (dreset_h, dreset_c) in enumerate(resets, layer * D):
+            if carries and not tape.paired:
+                dreset_h[:, :H] += dreset_c
             if "h_0" in gradients:
-                gradients["h_0"][k, 0] += dreset_h[d].sum(axis=0)
+                gradients["h_0"][k, 0] += dreset_h.sum(axis=0)
             if tape.paired and "c_0" in gradients:
-                gradients["c_0"][k, 0] += dreset_c[d].sum(axis=0)
-        total = below[0] if below else None
-        if total is not None and D == 2:
-            total += below[1]
+                gradients["c_0"][k, 0] += dreset_c.sum(axis=0)
         if layer == 0:
             dx = total if dx_skip is None or total is None else total + dx_skip
             break
@@ -458,7 +439,7 @@ def _forward_in_parts(
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, [], x, whole.sizes, False, [], None, False, paired, started, parts=parts)
+        whole = Tape(cell, params, [], x, whole.sizes, None, False, paired, started, parts=parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 
