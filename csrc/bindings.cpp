@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <thread>
@@ -99,11 +100,10 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   Buffer take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> hold(lock_);
-      for (Buffer& b : free_)
-        if (b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
+      for (size_t i = free_.size(); i-- > 0;)  // the latest first: a cache may still hold it
+        if (Buffer& b = free_[i]; b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
           Buffer found = std::move(b);
-          b = std::move(free_.back());
-          free_.pop_back();
+          free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
           return found;
         }
     }
@@ -111,7 +111,7 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   }
   void give(Buffer b) {
     const std::lock_guard<std::mutex> hold(lock_);
-    if (free_.size() >= 8) free_.erase(free_.begin());
+    if (free_.size() >= 24) free_.erase(free_.begin());
     free_.push_back(std::move(b));
   }
 
@@ -120,73 +120,38 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   std::vector<Buffer> free_;
 };
 
+class Lent {  // a buffer of the pool, given back in the end
+ public:
+  explicit Lent(size_t bytes) : buffer(Pool::get().take(std::max<size_t>(bytes, 64))) {}
+  Lent(Lent&&) = default;
+  ~Lent() {
+    if (buffer.data()) Pool::get().give(std::move(buffer));
+  }
+  void* data() const { return buffer.data(); }
+
+  Buffer buffer;
+};
+
 // ---- the cells by name -----------------------------------------------------------------------------------------------------------------
 
 const char* const CELL_NAMES[CELL_KINDS] = {"rnn_tanh", "rnn_relu",      "rnn_sigmoid", "rnn_identity",
                                             "lstm",     "lstm_peephole", "gru",         "gru_reset_before"};
 
 CellKind kind_of(const std::string& cell) {
-  std::string known;
-  for (int i = 0; i < CELL_KINDS; ++i) {
+  for (int i = 0; i < CELL_KINDS; ++i)
     if (cell == CELL_NAMES[i]) return static_cast<CellKind>(i);
-    known += std::string(i ? ", " : "") + CELL_NAMES[i];
-  }
+  std::string known;
+  for (int i = 0; i < CELL_KINDS; ++i) known += std::string(i ? ", " : "") + CELL_NAMES[i];
   fail("cell must be one of " + known + "; got '" + cell + "'");
 }
-Compute compute_of(const std::string& name, Dtype dtype, const std::string& who) {
+const char* family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
+Compute compute_of(const std::string& name, Dtype dtype, const char* who) {
   if (name == (dtype == FLOAT32 ? "float32" : "float64")) return OWN;
   if (name == "bfloat16" && dtype == FLOAT32) return BFLOAT16;
   if (name == "int8" && dtype == FLOAT32) return INT8;
-  fail(who + "compute_dtype must be the parameters' own dtype, or bfloat16 or int8 where that is float32; got '" + name + "'");
+  fail(std::string(who) + ": compute_dtype must be the parameters' own dtype, or bfloat16 or int8 where that is float32; got '" + name +
+       "'");
 }
-std::string family(CellKind k) { return k < LSTM ? "rnn" : k < GRU ? "lstm" : "gru"; }
-
-// ---- arrays ----------------------------------------------------------------------------------------------------------------------------
-
-using Array = std::optional<py::array>;
-
-bool same(const py::dtype& a, const py::dtype& b) { return a.is(b) || a.equal(b); }  // an unpickled dtype is another object
-
-struct Checker {
-  std::string who;  // "lstm: "
-  py::dtype dtype;
-
-  void type(const py::array& a, const std::string& name) const {
-    if (!same(a.dtype(), dtype))
-      fail(who + name + " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
-  }
-  // A C-contiguous array of this shape; `symbols` as in "(4*H, I)".
-  const void* operator()(const Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
-    if (!a) return nullptr;
-    type(*a, name);
-    if (shape_of(*a) != shape)
-      fail(who + name + " must have shape " + symbols +
-           (std::strchr(symbols, '*') || std::strpbrk(symbols, "BHIRST") ? " = " + tuple_text(shape) : "") + ", got " +
-           tuple_text(shape_of(*a)));
-    if (!(a->flags() & py::array::c_style)) fail(who + name + " must be C-contiguous");
-    return a->data();
-  }
-  void* out(Array& a, const std::string& name, const char* symbols, const std::vector<py::ssize_t>& shape) const {
-    (*this)(a, name, symbols, shape);
-    return a ? a->mutable_data() : nullptr;  // raises where a is read-only
-  }
-  // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
-  Tokens tokens(const Array& a, const std::string& name, py::ssize_t T, py::ssize_t B, py::ssize_t n, bool packed, py::ssize_t count,
-                bool writes) const {
-    if (!a) return {nullptr, 0, 0};
-    type(*a, name);
-    const std::vector<py::ssize_t> shape = packed ? std::vector<py::ssize_t>{count, n} : std::vector<py::ssize_t>{T, B, n};
-    if (shape_of(*a) != shape) fail(who + name + " must have shape " + tuple_text(shape) + ", got " + tuple_text(shape_of(*a)));
-    if (a->size() == 0) return {const_cast<void*>(a->data()), 0, 0};
-    const py::ssize_t item = a->itemsize(), inner = packed ? 1 : 2;
-    if (n > 1 && a->strides(inner) != item) fail(who + name + " must be contiguous in its last axis");
-    for (py::ssize_t i = 0; i < inner; ++i)
-      if (a->strides(i) % item) fail(who + name + " must have strides that are multiples of its item size");
-    if (writes && !a->writeable()) fail(who + name + " is read-only");
-    const py::ssize_t row = a->strides(inner - 1) / item;
-    return {const_cast<void*>(a->data()), packed ? row : a->strides(0) / item, row};
-  }
-};
 
 // Who runs when: `lengths` of a padded batch, or batch_sizes of packed rows.
 struct Layout {
@@ -250,6 +215,85 @@ struct Layout {
   }
 };
 
+// ---- arrays ----------------------------------------------------------------------------------------------------------------------------
+
+using Array = std::optional<py::array>;
+
+bool same(const py::dtype& a, const py::dtype& b) { return a.is(b) || a.equal(b); }  // an unpickled dtype is another object
+
+Dtype dtype_of(const py::array& a, const char* who) {
+  if (same(a.dtype(), py::dtype::of<float>())) return FLOAT32;
+  if (same(a.dtype(), py::dtype::of<double>())) return FLOAT64;
+  fail(std::string(who) + ": dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
+}
+
+template <class T>
+void add(void* to, const void* from, int64_t n) {
+  auto* a = static_cast<T*>(to);
+  const auto* b = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; ++i) a[i] += b[i];
+}
+void add(Dtype dtype, void* to, const void* from, int64_t n) { dtype == FLOAT32 ? add<float>(to, from, n) : add<double>(to, from, n); }
+
+// What an array is called, spelled out only for a message.
+struct Name {
+  const char* text_ = nullptr;
+  py::handle object{};    // a parameter's name
+  bool gradient = false;  // the gradient of that parameter
+  Name(const char* t) : text_(t) {}
+  Name(py::handle o, bool g = false) : object(o), gradient(g) {}
+  std::string text() const { return text_ ? text_ : (gradient ? "gradient of " : "") + std::string(py::str(object)); }
+};
+
+using Shape = std::initializer_list<py::ssize_t>;
+bool has_shape(const py::array& a, Shape shape) { return std::equal(shape.begin(), shape.end(), a.shape(), a.shape() + a.ndim()); }
+
+struct Checker {
+  CellKind kind;
+  py::dtype dtype;
+
+  [[noreturn]] void refuse(const Name& name, const std::string& what) const { fail(who() + name.text() + what); }
+  std::string who() const { return std::string(family(kind)) + ": "; }
+  void type(const py::array& a, const Name& name) const {
+    if (!same(a.dtype(), dtype))
+      refuse(name, " must have dtype " + std::string(py::str(dtype)) + ", got " + std::string(py::str(a.dtype())));
+  }
+  // A C-contiguous array of this shape; `symbols` as in "(G*H, I)".
+  const void* operator()(const Array& a, const Name& name, const char* symbols, Shape shape) const {
+    if (!a) return nullptr;
+    type(*a, name);
+    if (!has_shape(*a, shape)) {
+      std::string meaning = symbols;
+      if (const size_t at = meaning.find("G*"); at != std::string::npos)
+        meaning.replace(at, 2, gates(kind) == 1 ? "" : std::to_string(gates(kind)) + "*");
+      refuse(name, " must have shape " + meaning + (std::strpbrk(symbols, "*BHIRST") ? " = " + tuple_text(shape) : "") + ", got " +
+                       tuple_text(shape_of(*a)));
+    }
+    if (!(a->flags() & py::array::c_style)) refuse(name, " must be C-contiguous");
+    return a->data();
+  }
+  void* out(Array& a, const Name& name, const char* symbols, Shape shape) const {
+    (*this)(a, name, symbols, shape);
+    return a ? a->mutable_data() : nullptr;  // raises where a is read-only
+  }
+  // (T, B, n) with any strides over T and B, or (tokens, n) for packed rows.
+  Tokens tokens(const Array& a, const Name& name, const Layout& l, py::ssize_t n, bool writes) const {
+    if (!a) return {nullptr, 0, 0};
+    type(*a, name);
+    const Shape padded{l.T, l.B, n}, packed{l.tokens(), n};
+    const Shape& shape = l.packed ? packed : padded;
+    if (!has_shape(*a, shape)) refuse(name, " must have shape " + tuple_text(shape) + ", got " + tuple_text(shape_of(*a)));
+    if (a->size() == 0) return {const_cast<void*>(a->data()), 0, 0};
+    const py::ssize_t item = a->itemsize(), inner = l.packed ? 1 : 2;
+    if (n > 1 && a->strides(inner) != item) refuse(name, " must be contiguous in its last axis");
+    for (py::ssize_t i = 0; i < inner; ++i)
+      if (a->strides(i) % item) refuse(name, " must have strides that are multiples of its item size");
+    if (writes && !a->writeable()) refuse(name, " is read-only");
+    const py::ssize_t row = a->strides(inner - 1) / item;
+    return {const_cast<void*>(a->data()), l.packed ? row : a->strides(0) / item, row};
+  }
+};
+
 // ---- how many threads, and how they share
 // ------------------------------------------------------------------------------------------------
 
@@ -268,6 +312,10 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5 || (all < 2e8 && cores_are_taken())) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
+  if (j.T == 1) {  // Weights are used once. Row groups would each pack them all; few rows take them as they stand.
+    if (by_units && (j.B <= 8 || (j.B < 16 * threads && step / static_cast<double>(j.B) > 4e6))) return {threads, 1};
+    if (all < 1e6) return {1, 1};
+  }
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
   if (j.B >= 4 * threads) return {threads, threads};
@@ -380,43 +428,64 @@ void run_together(std::vector<Call>& calls) {
   rnnfast::run(2, each, both, [](void*, int) {});
 }
 
-// ---- one layer, one direction
-// ------------------------------------------------------------------------------------------------------------
+// ---- one layer, in one direction or both
+// --------------------------------------------------------------------------------------------------
 
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
+using Indices = py::array_t<int64_t, py::array::c_style>;
 
-Dtype dtype_of(const py::array& a, const std::string& who) {
-  if (same(a.dtype(), py::dtype::of<float>())) return FLOAT32;
-  if (same(a.dtype(), py::dtype::of<double>())) return FLOAT64;
-  fail(who + "dtype must be float32 or float64, got " + std::string(py::str(a.dtype())));
+// Their names, which end in `suffix` as in weight_ih_l0_reverse.
+py::tuple names_of(const std::string& suffix) {
+  py::list names;
+  for (const char* stem : {"weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_peep", "weight_hr", "bias_hr"})
+    names.append(py::str(stem + suffix));
+  return py::tuple(names);
 }
 
-// Sizes and weights of a job, checked; `names` end in `suffix` as in weight_ih_l0_reverse.
-Checker take_weights(Job& j, CellKind kind, const Weights& w, const std::string& suffix, int64_t taps) {
-  const std::string who = family(kind) + ": ";
-  if (w.size() != 7 || !w[0] || !w[1]) fail(who + "weight_ih" + suffix + " and weight_hh" + suffix + " must be given");
-  const Checker check{who, w[0]->dtype()};
+// What a dict holds under these names, where it does.
+Weights find(const py::dict& arrays, const py::tuple& names, const char* who) {
+  Weights found;
+  found.reserve(names.size());
+  for (const py::handle name : names) {
+    PyObject* value = PyDict_GetItemWithError(arrays.ptr(), name.ptr());
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    if (!value || value == Py_None) {
+      found.emplace_back();
+    } else if (py::isinstance<py::array>(value)) {
+      found.emplace_back(py::reinterpret_borrow<py::array>(value));
+    } else {
+      throw py::type_error(std::string(who) + ": " + std::string(py::str(name)) + " must be an array, got " + Py_TYPE(value)->tp_name);
+    }
+  }
+  return found;
+}
+
+// Sizes and weights of a job, checked.
+Checker take_weights(Job& j, CellKind kind, const Weights& w, const py::tuple& names, int64_t taps) {
+  const std::string who = std::string(family(kind)) + ": ";
+  if (w.size() != 7 || names.size() != 7) fail(who + "weights must be 7 arrays or None");
+  const auto name = [&](size_t i) { return Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))); };
+  for (size_t i : {0, 1})
+    if (!w[i]) throw py::key_error(who + "params lacks '" + name(i).text() + "'");
+  const Checker check{kind, w[0]->dtype()};
   const int64_t G = gates(kind);
-  const std::string ih = "weight_ih" + suffix;
   if (w[0]->ndim() != 2 || w[0]->shape(0) % G || w[0]->shape(0) == 0)
-    fail(who + ih + " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
+    check.refuse(name(0), " must have shape (" + std::to_string(G) + "*H, I), got " + tuple_text(shape_of(*w[0])));
   j.H = w[0]->shape(0) / G, j.I = w[0]->shape(1);
   j.projected = w[5].has_value();
-  if (j.projected && w[5]->ndim() != 2) fail(who + "weight_hr" + suffix + " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
+  if (j.projected && w[5]->ndim() != 2) check.refuse(name(5), " must have shape (R, H), got " + tuple_text(shape_of(*w[5])));
   j.R = j.projected ? w[5]->shape(0) : j.H;
   j.taps = taps;
-  const std::string g = G == 1 ? "" : std::to_string(G) + "*";
   const int64_t GH = G * j.H;
-  j.w_ih = check(w[0], ih, ("(" + g + "H, I)").c_str(), {GH, j.I});
-  j.w_hh = check(w[1], "weight_hh" + suffix, ("(" + g + "H, " + (j.projected ? "R" : "H") + (taps > 1 ? "*taps)" : ")")).c_str(),
-                 {GH, j.R * taps});
-  j.b_ih = check(w[2], "bias_ih" + suffix, ("(" + g + "H,)").c_str(), {GH});
-  j.b_hh = check(w[3], "bias_hh" + suffix, ("(" + g + "H,)").c_str(), {GH});
-  j.peep = check(w[4], "weight_peep" + suffix, "(3, H)", {3, j.H});
-  j.w_hr = check(w[5], "weight_hr" + suffix, "(R, H)", {j.R, j.H});
-  j.b_hr = check(w[6], "bias_hr" + suffix, "(R,)", {j.R});
-  if ((kind == LSTM_PEEPHOLE) != w[4].has_value())
-    fail(who + "weight_peep" + suffix + " goes with the cell lstm_peephole, and only with it");
+  const char* hh = j.projected ? (taps > 1 ? "(G*H, R*taps)" : "(G*H, R)") : (taps > 1 ? "(G*H, H*taps)" : "(G*H, H)");
+  j.w_ih = check(w[0], name(0), "(G*H, I)", {GH, j.I});
+  j.w_hh = check(w[1], name(1), hh, {GH, j.R * taps});
+  j.b_ih = check(w[2], name(2), "(G*H,)", {GH});
+  j.b_hh = check(w[3], name(3), "(G*H,)", {GH});
+  j.peep = check(w[4], name(4), "(3, H)", {3, j.H});
+  j.w_hr = check(w[5], name(5), "(R, H)", {j.R, j.H});
+  j.b_hr = check(w[6], name(6), "(R,)", {j.R});
+  if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) check.refuse(name(4), " goes with the cell lstm_peephole, and only with it");
   if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1))
     fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
   return check;
@@ -427,131 +496,219 @@ void take_layout(Job& j, const Layout& l, bool reversed) {
   j.active = l.active.data(), j.start = l.start.data(), j.time = l.time.data(), j.index = l.index.data();
 }
 
-using Events = std::optional<py::array_t<int64_t, py::array::c_style>>;
-void take_reset(Job& j, const Checker& check, const Events& reset, int64_t events) {
-  if (!reset) return;
-  if (reset->ndim() != 2 || reset->shape(0) != j.T || reset->shape(1) != j.B) fail(check.who + "reset must have shape (T, B)");
-  if (j.taps > 1) fail(check.who + "reset inside a call with output taps must be split by the caller");
-  const int64_t* e = reset->data();
-  for (int64_t i = 0; i < j.T * j.B; ++i)
-    if (e[i] >= events) fail(check.who + "reset event out of range");
-  j.reset = e;
+// -> how many events there are.
+int64_t take_reset(Job& j, const Checker& check, const Indices& reset) {
+  if (reset.ndim() != 2 || reset.shape(0) != j.T || reset.shape(1) != j.B) fail(check.who() + "reset must have shape (T, B)");
+  if (j.taps > 1) fail(check.who() + "reset inside a call with output taps must be split by the caller");
+  j.reset = reset.data();
+  return 1 + std::accumulate(j.reset, j.reset + j.T * j.B, int64_t{-1}, [](int64_t a, int64_t b) { return std::max(a, b); });
 }
 
-// Calls that wait to be run together, by so many threads; whoever puts them here keeps their arrays alive.
-class Queue {
+py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights) {
+  Job j{};
+  const CellKind kind = kind_of(cell);
+  take_weights(j, kind, weights, names_of(""), 1);
+  take_layout(j, layout, false);
+  return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], family(kind)), j));
+}
+
+// What backward needs of a forward: its jobs, everything that they point to, and their tapes.
+class Run {
  public:
-  explicit Queue(std::optional<int> threads) : most_(threads.value_or(ALL)) {
-    if (most_ < 1) fail("threads must be at least 1, got " + std::to_string(most_));
+  Run(CellKind kind_, const std::optional<std::string>& compute, int64_t taps, std::shared_ptr<const Layout> layout_,
+      const py::dict& params, py::tuple names_, int64_t layer_)
+      : layout(std::move(layout_)), names(std::move(names_)), layer(layer_), D(names.size()), jobs(D), check{kind_, {}} {
+    if (D < 1 || D > 2 || layer < 0) fail(check.who() + "a layer has a number from 0 on, and one direction or two");
+    kept_.reserve(7 * D + 6);
+    for (size_t d = 0; d < D; ++d) {
+      Job& j = jobs[d];
+      const Weights weights = find(params, names[d], family(check.kind));
+      const Checker own = take_weights(j, check.kind, weights, names[d], taps);
+      if (d == 0) check.dtype = own.dtype, dtype = dtype_of(*weights[0], family(check.kind));
+      if (!same(own.dtype, check.dtype) || j.H != jobs[0].H || j.I != jobs[0].I || j.R != jobs[0].R)
+        fail(check.who() + "both directions of a layer must have the same sizes and dtype");
+      take_layout(j, *layout, d == 1);
+      if (compute) j.compute = compute_of(*compute, dtype, family(check.kind));
+      for (const Array& w : weights) keep(w);
+    }
   }
-  struct Entry {
-    CellKind kind;
-    Dtype dtype;
-    Job job;
-    bool backward;
-    Packs* snapshot;
-  };
-  void add(const Entry& e) { entries_.push_back(e); }
-  void run() {
-    std::vector<Entry> entries = std::exchange(entries_, {});
+  Run(const Run&) = delete;
+
+  size_t item() const { return dtype == FLOAT32 ? 4 : 8; }
+  void* at(const void* p, int64_t element) const {
+    return p ? const_cast<char*>(static_cast<const char*>(p)) + element * static_cast<int64_t>(item()) : nullptr;
+  }
+  // (tokens, D·n): the n columns of direction d.
+  Tokens part(const Tokens& t, int64_t d, int64_t n) const { return {at(t.data, d * n), t.step, t.row}; }
+  // Where this layer begins in an array (L*D, rows, n) of all layers.
+  const void* slice(const Array& a, const char* name, const char* symbols, int64_t rows, int64_t n) const {
+    const auto width = static_cast<int64_t>(D), first = layer * width;
+    const int64_t all = a && a->ndim() == 3 ? std::max<int64_t>(a->shape(0), first + width) : first + width;
+    return at(check(a, name, symbols, {all, rows, n}), first * rows * n);
+  }
+  void* slice(Array& a, const char* name, const char* symbols, int64_t rows, int64_t n) const {
+    if (a) a->mutable_data();  // raises where a is read-only
+    return const_cast<void*>(slice(std::as_const(a), name, symbols, rows, n));
+  }
+  // A new array for every token; 0 where there is none.
+  py::array fresh(int64_t n) const {
+    const Layout& l = *layout;
+    py::array a = l.packed ? py::array(check.dtype, {l.tokens(), n}) : py::array(check.dtype, {l.T, l.B, n});
+    if (l.ragged && !l.packed) std::memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
+    return a;
+  }
+
+  // Keeps an array that backward will read again where forward has checked it.
+  void keep(const Array& a) {
+    if (a) kept_.push_back({*a, a->data(), a->nbytes()});
+  }
+  // numpy lets a caller who insists give an array other memory.
+  void check_kept() const {
+    for (const Kept& k : kept_)
+      if (k.array.data() != k.data || k.array.nbytes() != k.bytes)
+        fail(check.who() + "x or a parameter has been resized between forward and backward");
+  }
+
+  size_t tape_size(size_t d) const { return kernels().tape_size(check.kind, dtype, jobs[d]); }
+  void compute(std::vector<Job>& now, bool backward, int most, const std::vector<Packs*>& snapshot) const {
+    if (layout->B == 0) return;
     const Unlocked unlocked;
     std::vector<Call> calls;
-    for (Entry& e : entries) calls.push_back(Call{e.kind, e.dtype, e.job, e.backward, most_, e.snapshot});
-    if (!calls.empty()) run_together(calls);
+    for (size_t d = 0; d < D; ++d)
+      calls.push_back(Call{check.kind, dtype, now[d], backward, most, snapshot.empty() ? nullptr : snapshot[d]});
+    run_together(calls);
   }
 
+  std::shared_ptr<const Layout> layout;
+  py::tuple names;  // of the weights, one tuple a direction
+  int64_t layer;
+  size_t D;
+  std::vector<Job> jobs;  // of forward, one a direction
+  Checker check;
+  Dtype dtype{};
+  std::vector<Indices> resets;
+  std::optional<Lent> zeros;  // the state where none is given
+  std::vector<Lent> tapes;
+  std::vector<size_t> sizes;  // of the tapes, in elements
+
  private:
-  std::vector<Entry> entries_;
-  int most_;
+  struct Kept {
+    py::array array;
+    const void* data;
+    py::ssize_t bytes;
+  };
+  std::vector<Kept> kept_;
 };
 
-py::ssize_t tape_size(const std::string& cell, const Layout& layout, const Weights& weights, int64_t taps, const std::string& suffix,
-                      bool recompute) {
-  Job j{};
-  j.recompute = recompute;
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  take_layout(j, layout, false);
-  return static_cast<py::ssize_t>(kernels().tape_size(kind, dtype_of(*weights[0], check.who), j));
+int at_most(const std::optional<int>& threads) {
+  if (threads && *threads < 1) fail("threads must be at least 1, got " + std::to_string(*threads));
+  return threads.value_or(ALL);
 }
 
-void forward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
-             int64_t taps, bool reversed, const py::array& x, py::array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
-             const Events& reset, const Array& fresh_h, const Array& fresh_c, Array cells, Array tape, bool recompute, Packs* snapshot,
-             Queue& queue) {
-  Job j{};
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  const Dtype dtype = dtype_of(*weights[0], check.who);
-  j.compute = compute_of(compute, dtype, check.who);
-  j.recompute = recompute;
-  take_layout(j, layout, reversed);
-  const int64_t S = j.R * taps;
-  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
-  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), true);
-  j.cells = check.tokens(cells, "cells", j.T, j.B, j.H, layout.packed, layout.tokens(), true);
-  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
-  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
-  j.h_T = check.out(h_T, "h_T", "(B, R)", {j.B, S});
-  j.c_T = check.out(c_T, "c_T", "(B, H)", {j.B, j.H});
-  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
-  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
-  if (!h_0 || (carries(kind) && !c_0)) fail(check.who + "h_0 and c_0 must be given");
-  if (reset && (!fresh_h || (carries(kind) && !fresh_c))) fail(check.who + "reset needs fresh states");
-  take_reset(j, check, reset, INT64_MAX);
-  if (tape && j.compute == INT8) fail(check.who + "compute_dtype int8 is for inference: it keeps no tape");
-  if (tape) j.tape = check.out(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))});
-  if (j.B == 0) return;
-  queue.add({kind, dtype, j, false, snapshot});
+// Layer number `layer`: x, y and cells are of this layer, the states (L*D, B, ·) of all, zeros where null; y is new where null; resets
+// and snapshot are absent or one a direction. -> y, run or None.
+py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout, const py::dict& params, const py::tuple& names,
+                  int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, Array y, const Array& h_0,
+                  const Array& c_0, Array h_T, Array c_T, std::vector<Indices> resets, const Array& fresh_h, const Array& fresh_c,
+                  const Array& cells, bool tape, bool recompute, const std::vector<Packs*>& snapshot, const std::optional<int>& threads) {
+  const int most = at_most(threads);
+  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), params, names, layer);
+  const Layout& l = *run->layout;
+  const Checker& check = run->check;
+  const Job& first = run->jobs[0];
+  const int64_t B = l.B, H = first.H, R = first.R, S = R * taps, D = static_cast<int64_t>(run->D);
+  if (!y) y = run->fresh(D * R);
+  const Tokens x_at = check.tokens(x, "x", l, first.I, false), y_at = check.tokens(y, "y", l, D * R, true),
+               cells_at = check.tokens(cells, "cells", l, D * H, true);
+  const void* h_0_at = run->slice(h_0, "h_0", "(L*D, B, R)", B, S);
+  const void* c_0_at = run->slice(c_0, "c_0", "(L*D, B, H)", B, H);
+  void* h_T_at = run->slice(h_T, "h_T", "(L*D, B, R)", B, S);
+  void* c_T_at = run->slice(c_T, "c_T", "(L*D, B, H)", B, H);
+  const void* fresh_h_at = run->slice(fresh_h, "fresh_h", "(L*D, 1, R)", 1, S);
+  const void* fresh_c_at = run->slice(fresh_c, "fresh_c", "(L*D, 1, H)", 1, H);
+  const bool carried = carries(check.kind);
+  if (!h_0 || (carried && !c_0)) {
+    const size_t bytes = static_cast<size_t>(B * std::max(S, H)) * run->item();
+    std::memset(run->zeros.emplace(bytes).data(), 0, bytes);
+  }
+  if (!resets.empty() && (!fresh_h || (carried && !fresh_c))) fail(check.who() + "reset needs fresh states");
+  if ((!resets.empty() && resets.size() != run->D) || (!snapshot.empty() && snapshot.size() != run->D))
+    fail(check.who() + "resets and snapshot must be one a direction");
+  if (tape && first.compute == INT8) fail(check.who() + "compute_dtype int8 is for inference: it keeps no tape");
+  for (int64_t d = 0; d < D; ++d) {
+    Job& j = run->jobs[static_cast<size_t>(d)];
+    j.recompute = recompute;
+    j.x = x_at, j.y = run->part(y_at, d, R), j.cells = run->part(cells_at, d, H);
+    j.h_0 = h_0 ? run->at(h_0_at, d * B * S) : run->zeros->data();
+    if (carried) j.c_0 = c_0 ? run->at(c_0_at, d * B * H) : run->zeros->data();
+    j.h_T = run->at(h_T_at, d * B * S), j.fresh_h = run->at(fresh_h_at, d * S);
+    j.c_T = run->at(c_T_at, d * B * H), j.fresh_c = run->at(fresh_c_at, d * H);
+    if (!resets.empty()) take_reset(j, check, resets[static_cast<size_t>(d)]);
+    if (!tape) continue;
+    run->sizes.push_back(run->tape_size(static_cast<size_t>(d)));
+    j.tape = run->tapes.emplace_back(run->sizes.back() * run->item()).data();
+  }
+  std::vector<Job> now = run->jobs;
+  run->compute(now, false, most, snapshot);
+  if (!tape) return py::make_tuple(*y, py::none());
+  for (const Array& a : {Array(x), y, h_0, c_0, fresh_h, fresh_c}) run->keep(a);
+  run->resets = std::move(resets);
+  return py::make_tuple(*y, std::move(run));
 }
 
-void backward(const std::string& cell, const Layout& layout, const Weights& weights, const std::string& suffix, const std::string& compute,
-              int64_t taps, bool reversed, const py::array& x, const py::array& y, const Array& h_0, const Array& c_0, const Events& reset,
-              const Array& fresh_h, const Array& fresh_c, Array& tape, bool recompute, const py::array& dy, const Array& dh_T,
-              const Array& dc_T, Array dx, Array dh_0, Array dc_0, Array dreset_h, Array dreset_c, Weights gradients, bool accumulate,
-              Queue& queue) {
-  Job j{};
-  const CellKind kind = kind_of(cell);
-  const Checker check = take_weights(j, kind, weights, suffix, taps);
-  const Dtype dtype = dtype_of(*weights[0], check.who);
-  j.compute = compute_of(compute, dtype, check.who);
-  j.recompute = recompute;
-  take_layout(j, layout, reversed);
-  const int64_t S = j.R * taps, G = gates(kind);
-  j.x = check.tokens(x, "x", j.T, j.B, j.I, layout.packed, layout.tokens(), false);
-  j.y = check.tokens(y, "y", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
-  j.dy = check.tokens(dy, "dy", j.T, j.B, j.R, layout.packed, layout.tokens(), false);
-  j.dx = check.tokens(dx, "dx", j.T, j.B, j.I, layout.packed, layout.tokens(), true);
-  j.h_0 = check(h_0, "h_0", "(B, R)", {j.B, S});
-  j.c_0 = check(c_0, "c_0", "(B, H)", {j.B, j.H});
-  j.fresh_h = check(fresh_h, "fresh_h", "(R,)", {S});
-  j.fresh_c = check(fresh_c, "fresh_c", "(H,)", {j.H});
-  j.dh_T = check(dh_T, "dh_T", "(B, R)", {j.B, S});
-  j.dc_T = check(dc_T, "dc_T", "(B, H)", {j.B, j.H});
-  j.dh_0 = check.out(dh_0, "dh_0", "(B, R)", {j.B, S});
-  j.dc_0 = check.out(dc_0, "dc_0", "(B, H)", {j.B, j.H});
-  if (!h_0 || !tape || (carries(kind) && !c_0)) fail(check.who + "h_0, c_0 and tape must be given");
-  const int64_t events = dreset_h && dreset_h->ndim() == 2 ? dreset_h->shape(0) : 0;
-  j.dreset_h = check.out(dreset_h, "dreset_h", "(n, R)", {events, S});
-  j.dreset_c = check.out(dreset_c, "dreset_c", "(n, H)", {events, j.H});
-  if (reset && (!dreset_h || (carries(kind) && !dreset_c))) fail(check.who + "reset needs dreset_h and dreset_c");
-  take_reset(j, check, reset, events);
-  j.tape = const_cast<void*>(check(tape, "tape", "(n,)", {static_cast<py::ssize_t>(kernels().tape_size(kind, dtype, j))}));
-  if (gradients.size() != 7) fail(check.who + "gradients must be 7 arrays or None");
-  const std::string d = "gradient of ";
-  j.dw_ih = check.out(gradients[0], d + "weight_ih" + suffix, "(G*H, I)", {G * j.H, j.I});
-  j.dw_hh = check.out(gradients[1], d + "weight_hh" + suffix, "(G*H, R)", {G * j.H, S});
-  j.db_ih = check.out(gradients[2], d + "bias_ih" + suffix, "(G*H,)", {G * j.H});
-  j.db_hh = check.out(gradients[3], d + "bias_hh" + suffix, "(G*H,)", {G * j.H});
-  j.dpeep = check.out(gradients[4], d + "weight_peep" + suffix, "(3, H)", {3, j.H});
-  j.dw_hr = check.out(gradients[5], d + "weight_hr" + suffix, "(R, H)", {j.R, j.H});
-  j.db_hr = check.out(gradients[6], d + "bias_hr" + suffix, "(R,)", {j.R});
-  j.overwrite = !accumulate;
-  if (j.overwrite && layout.tokens() == 0)
-    for (Array& g : gradients)
-      if (g) std::memset(g->mutable_data(), 0, static_cast<size_t>(g->nbytes()));
-  if (j.B == 0) return;
-  queue.add({kind, dtype, j, true, nullptr});
+// dy is of this layer, the states' gradients of all layers. -> dx or None, and for each direction with resets the gradients (events, R) and
+// (events, H) of the states that they put.
+py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const Array& dc_T, bool need_dx, Array dh_0, Array dc_0,
+                   const py::dict& gradients, bool accumulate, const std::optional<int>& threads) {
+  const int most = at_most(threads);
+  const Layout& l = *run.layout;
+  const Checker& check = run.check;
+  run.check_kept();
+  std::vector<Job> jobs = run.jobs;
+  const Job& first = jobs[0];
+  const int64_t B = l.B, I = first.I, H = first.H, R = first.R, S = R * first.taps, GH = gates(check.kind) * H;
+  const Tokens dy_at = check.tokens(dy, "dy", l, static_cast<int64_t>(run.D) * R, false);
+  const void* dh_T_at = run.slice(dh_T, "dh_T", "(L*D, B, R)", B, S);
+  const void* dc_T_at = run.slice(dc_T, "dc_T", "(L*D, B, H)", B, H);
+  void* dh_0_at = run.slice(dh_0, "dh_0", "(L*D, B, R)", B, S);
+  void* dc_0_at = run.slice(dc_0, "dc_0", "(L*D, B, H)", B, H);
+  std::vector<Array> dx;
+  py::list dresets;
+  for (size_t d = 0; d < run.D; ++d) {
+    Job& j = jobs[d];
+    const auto k = static_cast<int64_t>(d);
+    if (run.tape_size(d) != run.sizes[d]) fail(check.who() + "the tape was written by another target");
+    j.dy = run.part(dy_at, k, R);
+    if (need_dx) j.dx = check.tokens(dx.emplace_back(run.fresh(I)), "dx", l, I, true);
+    j.dh_T = run.at(dh_T_at, k * B * S), j.dc_T = run.at(dc_T_at, k * B * H);
+    j.dh_0 = run.at(dh_0_at, k * B * S), j.dc_0 = run.at(dc_0_at, k * B * H);
+    if (!run.resets.empty()) {
+      const int64_t events = take_reset(j, check, run.resets[d]);
+      py::array dreset_h(check.dtype, {events, S}), dreset_c(check.dtype, {carries(check.kind) ? events : 0, H});
+      j.dreset_h = dreset_h.mutable_data(), j.dreset_c = dreset_c.mutable_data();
+      dresets.append(py::make_tuple(std::move(dreset_h), std::move(dreset_c)));
+    }
+    const py::tuple names = run.names[d];
+    Weights g = find(gradients, names, family(check.kind));
+    const auto out = [&](size_t i, const void* weight, const char* symbols, Shape shape) {
+      if (!weight) g[i].reset();
+      return check.out(g[i], Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i)), true), symbols, shape);
+    };
+    j.dw_ih = out(0, j.w_ih, "(G*H, I)", {GH, I});
+    j.dw_hh = out(1, j.w_hh, "(G*H, R)", {GH, S});
+    j.db_ih = out(2, j.b_ih, "(G*H,)", {GH});
+    j.db_hh = out(3, j.b_hh, "(G*H,)", {GH});
+    j.dpeep = out(4, j.peep, "(3, H)", {3, H});
+    j.dw_hr = out(5, j.w_hr, "(R, H)", {R, H});
+    j.db_hr = out(6, j.b_hr, "(R,)", {R});
+    j.overwrite = !accumulate;
+    if (j.overwrite && l.tokens() == 0)
+      for (Array& a : g)
+        if (a) std::memset(a->mutable_data(), 0, static_cast<size_t>(a->nbytes()));
+  }
+  run.compute(jobs, true, most, {});
+  if (dx.size() == 2) add(run.dtype, dx[0]->mutable_data(), dx[1]->data(), dx[0]->size());
+  return py::make_tuple(dx.empty() ? py::object(py::none()) : py::object(*dx[0]), std::move(dresets));
 }
 
 // ---- streaming: one step at a time over a snapshot of the weights
@@ -584,11 +741,10 @@ class Stream {
     check_->type(x, "stream: x");
     if (x.shape(1) > 1 && x.strides(1) != x.itemsize()) fail(who() + "stream: x must be contiguous in its last axis");
     const py::ssize_t width = skip_ ? static_cast<py::ssize_t>(layers_.size()) * first.R : first.R;
-    const std::vector<py::ssize_t> shape{layout_.B, width};
     if (!out) {
-      out = py::array(check_->dtype, shape);
+      out = py::array(check_->dtype, {layout_.B, width});
     } else {
-      (*check_)(out, "stream: out", "(B, R)", shape);
+      (*check_)(out, "stream: out", "(B, R)", {layout_.B, width});
     }
     step(static_cast<const char*>(x.data()), x.strides(0), static_cast<char*>(out->mutable_data()));
     return *out;
@@ -696,7 +852,7 @@ class Stream {
     Buffer chunk_x;
   };
 
-  std::string who() const { return family(kind_) + ": "; }
+  std::string who() const { return std::string(family(kind_)) + ": "; }
   bool pair() const { return kind_ == LSTM || kind_ == LSTM_PEEPHOLE || (kind_ == GRU && layers_.front().job.projected); }
   size_t item() const { return static_cast<size_t>(check_->dtype.itemsize()); }
   size_t h_bytes() const { return static_cast<size_t>(layout_.B * layers_.front().job.R * taps_) * item(); }
@@ -713,15 +869,15 @@ class Stream {
   void build() {
     for (size_t i = 0; i < weights_.size(); ++i) {
       Layer l;
-      const Checker check = take_weights(l.job, kind_, weights_[i], "_l" + std::to_string(i), taps_);
-      if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], check.who);
-      l.job.compute = compute_of(compute_, dtype_, check.who);
+      const Checker check = take_weights(l.job, kind_, weights_[i], names_of("_l" + std::to_string(i)), taps_);
+      if (i == 0) check_ = std::make_unique<Checker>(check), dtype_ = dtype_of(*weights_[0][0], family(kind_));
+      l.job.compute = compute_of(compute_, dtype_, family(kind_));
       take_layout(l.job, layout_, false);
       layers_.push_back(std::move(l));
       const Job& first = layers_.front().job;
       Job& j = layers_.back().job;
       if (i > 0 && (j.H != first.H || j.R != first.R || j.I != first.R + (skip_ ? first.I : 0)))
-        fail(check.who + "stream: layers do not fit together");
+        fail(who() + "stream: layers do not fit together");
     }
     const auto L = static_cast<py::ssize_t>(layers_.size());
     (*check_)(live_h_, "h_0", "(L, 1, R)", {L, 1, layers_[0].job.R * taps_});
@@ -1053,13 +1209,6 @@ py::object pooled(const Stack& s, int64_t n, void** data) {
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
-struct Lent {  // a buffer of the pool for the length of a call
-  Buffer buffer;
-  explicit Lent(size_t bytes) : buffer(Pool::get().take(std::max<size_t>(bytes, 64))) {}
-  Lent(const Lent&) = delete;
-  ~Lent() { Pool::get().give(std::move(buffer)); }
-};
-
 // -> y, h_T, c_T or None, tape or None. One step (x (B, I)): y is h_T, and h_T is None.
 py::object forward(Stack& s) {
   void *y = nullptr, *h_T = nullptr, *c_T = nullptr, *tape = nullptr;
@@ -1094,14 +1243,6 @@ py::object forward(Stack& s) {
   }
   return py::make_tuple(y_object, h_object, c_object, tape_object);
 }
-
-template <class T>
-void add(void* to, const void* from, int64_t n) {
-  auto* a = static_cast<T*>(to);
-  const auto* b = static_cast<const T*>(from);
-  for (int64_t i = 0; i < n; ++i) a[i] += b[i];
-}
-void add(const Stack& s, void* to, const void* from, int64_t n) { s.dtype == FLOAT32 ? add<float>(to, from, n) : add<double>(to, from, n); }
 
 // -> dx, dh_0, dc_0, then one gradient a weight; None where not needed.
 py::object backward(Stack& s, Py_ssize_t count) {
@@ -1195,9 +1336,9 @@ py::object backward(Stack& s, Py_ssize_t count) {
       s.run(l, true);
       for (int64_t d = 0; d < s.D; ++d) {
         const Job& j = s.jobs[static_cast<size_t>(l * s.D + d)];
-        if (carried_by_h) add(s, j.dh_0, j.dc_0, s.B * s.H);
+        if (carried_by_h) add(s.dtype, j.dh_0, j.dc_0, s.B * s.H);
       }
-      if (below && s.D == 2) add(s, below, other.buffer.data(), s.tokens * in);
+      if (below && s.D == 2) add(s.dtype, below, other.buffer.data(), s.tokens * in);
       dy = s.side_by_side(below, width, false);
     }
   }
@@ -1239,15 +1380,14 @@ PyMethodDef FUNCTIONS[] = {
 constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread
 
 // Of one dtype, contiguous, of n numbers.
-Dtype alike(const std::string& who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
+Dtype alike(const char* who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
   const py::array& first = **arrays.begin();
   for (const py::array* a : arrays)
     if (!same(a->dtype(), first.dtype()) || !(a->flags() & py::array::c_style) || a->size() != n)
-      fail(who + ": expected contiguous arrays of one dtype with " + std::to_string(n) + " numbers each");
-  return dtype_of(first, who + ": ");
+      fail(std::string(who) + ": expected contiguous arrays of one dtype with " + std::to_string(n) + " numbers each");
+  return dtype_of(first, who);
 }
 
-using Indices = py::array_t<int64_t, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
 
 // (Σ_v e^{a_v − max}, a_target − max) of every row; the gradient goes to `gradient`.
@@ -1298,7 +1438,7 @@ void adam(py::array p, const py::array& gradient, py::array mean, py::array squa
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "rnnfast's kernels; rnnfast.functional is the way in.";
-  py::class_<Layout>(m, "Layout")
+  py::class_<Layout, std::shared_ptr<Layout>>(m, "Layout")
       .def(py::init<int64_t, int64_t, const std::optional<py::array_t<int64_t>>&>(), py::arg("T"), py::arg("B"),
            py::arg("lengths") = py::none())
       .def_static("from_batch_sizes", py::overload_cast<const py::array_t<int64_t>&>(&Layout::from_batch_sizes), py::arg("batch_sizes"))
@@ -1308,18 +1448,19 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
-  py::class_<Queue>(m, "Queue").def(py::init<std::optional<int>>(), py::arg("threads") = py::none()).def("run", &Queue::run);
-  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("taps"), py::arg("suffix"),
-        py::arg("recompute"));
-  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"), py::arg("taps"),
-        py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("reset"),
+  py::class_<Run>(m, "Run").def_property_readonly("tapes", [](const py::object& self) {
+    const auto& run = self.cast<const Run&>();
+    py::list tapes;
+    for (size_t d = 0; d < run.D; ++d) tapes.append(py::array(run.check.dtype, {run.sizes[d]}, run.tapes[d].data(), self));
+    return tapes;
+  });
+  m.def("tape_size", &tape_size, py::arg("cell"), py::arg("layout"), py::arg("weights"));
+  m.def("forward", &forward, py::arg("cell"), py::arg("layout"), py::arg("params"), py::arg("names"), py::arg("layer"), py::arg("compute"),
+        py::arg("taps"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("resets"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"),
-        py::arg("queue"));
-  m.def("backward", &backward, py::arg("cell"), py::arg("layout"), py::arg("weights"), py::arg("suffix"), py::arg("compute"),
-        py::arg("taps"), py::arg("reversed"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("reset"),
-        py::arg("fresh_h"), py::arg("fresh_c"), py::arg("tape"), py::arg("recompute"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"),
-        py::arg("dx"), py::arg("dh_0"), py::arg("dc_0"), py::arg("dreset_h"), py::arg("dreset_c"), py::arg("gradients"),
-        py::arg("accumulate"), py::arg("queue"));
+        py::arg("threads"));
+  m.def("backward", &backward, py::arg("run"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("need_dx"), py::arg("dh_0"),
+        py::arg("dc_0"), py::arg("gradients"), py::arg("accumulate"), py::arg("threads"));
   py::class_<Stream>(m, "Stream")
       .def(py::init<std::string, std::vector<Weights>, std::string, int64_t, int64_t, bool, Array, Array>(), py::arg("cell"),
            py::arg("weights"), py::arg("compute"), py::arg("batch"), py::arg("taps"), py::arg("skip"), py::arg("fresh_h"),
@@ -1353,7 +1494,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "peak",
       [](const std::string& compute, int64_t rounds) {
         const Dtype dtype = compute == "float64" ? FLOAT64 : FLOAT32;
-        const Compute products = compute_of(compute, dtype, "peak: ");
+        const Compute products = compute_of(compute, dtype, "peak");
         const Unlocked unlocked;
         return kernels().peak(dtype, products, rounds);
       },

@@ -362,6 +362,32 @@ def test_debug_mode_sees_that_x_has_changed(monkeypatch: pytest.MonkeyPatch) -> 
         layer.backward(y)
 
 
+@pytest.mark.parametrize("name", ["x", *LSTM])
+def test_array_that_was_resized_is_not_read(name: str) -> None:
+    """Where numpy gives an array other memory after all, the tape would read what is no longer its own."""
+    held = {"x": X.copy()} | {key: value.copy() for key, value in LSTM.items()}
+    params = {key: held[key] for key in LSTM}
+    _, _, tape = functional.forward("lstm", held["x"], None, params)
+    with pytest.raises(ValueError, match="resize"):
+        held[name].resize(0)
+    held[name].resize((1000, *held[name].shape[1:]), refcheck=False)
+    with pytest.raises(ValueError, match="resized between forward and backward"):
+        functional.backward(tape, zeros(1000, 2, 5) if name == "x" else zeros(4, 2, 5))
+
+
+def test_tape_keeps_the_arrays_that_it_reads() -> None:
+    """Other arrays under their names are nothing to it."""
+    a = arrays(Problem("lstm", layers=2, directions=2, lengths="ragged", reset=True, state="given"), "float32")
+    expected = results(functional, "lstm", a)
+    params = {name: value.copy() for name, value in a.params.items()}
+    tape = functional.forward("lstm", a.x, a.state, params, **a.options)[2]
+    for name, value in params.items():
+        params[name] = np.full_like(value, np.nan)
+    dx, _, gradients = functional.backward(tape, a.dy, a.dstate)
+    assert dx.tobytes() == expected["dx"].tobytes()
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+
+
 # ---- Nothing to do ---------------------------------------------------------------------------------------------------
 
 

@@ -19,11 +19,10 @@ class Layout:
 class Packs:
     """A layer's weights in the kernels' order, kept from call to call."""
 
-class Queue:
-    """Calls that wait to be run together, by at most so many threads; whoever puts them here keeps their arrays alive."""
+class Run:
+    """A layer's forward as its backward needs it: what was checked, and a tape for each direction."""
 
-    def __init__(self, threads: int | None = None) -> None: ...
-    def run(self) -> None: ...
+    tapes: list[Array]  # (n,), as csrc/sequence.hpp lays them out
 
 class Stream:
     """One step at a time over a snapshot of a layer's weights; `layer.stream()` makes one."""
@@ -38,59 +37,45 @@ class Stream:
     def copy(self) -> Stream: ...
     def refresh(self) -> None: ...
 
-def tape_size(cell: str, layout: Layout, weights: list[Array | None], taps: int, suffix: str, recompute: bool) -> int: ...
+def tape_size(cell: str, layout: Layout, weights: list[Array | None]) -> int: ...
+
+# One layer, in as many directions as there are tuples of names. x, y, cells, dy and dx are the layer's; states and their gradients
+# (L*D, B, ...) are those of all layers; resets and snapshot are empty or hold one entry a direction.
 def forward(
     cell: str,
     layout: Layout,
-    weights: list[Array | None],
-    suffix: str,
-    compute: str,
+    params: dict[str, Array],
+    names: tuple[tuple[str, ...], ...],
+    layer: int,
+    compute: str | None,
     taps: int,
-    reversed: bool,
     x: Array,
-    y: Array,
-    h_0: Array,
+    y: Array | None,
+    h_0: Array | None,
     c_0: Array | None,
     h_T: Array | None,
     c_T: Array | None,
-    reset: NDArray[np.int64] | None,
+    resets: list[NDArray[np.int64]],
     fresh_h: Array | None,
     fresh_c: Array | None,
     cells: Array | None,
-    tape: Array | None,
+    tape: bool,
     recompute: bool,
-    snapshot: Packs | None,
-    queue: Queue,
-) -> None: ...
+    snapshot: list[Packs],
+    threads: int | None,
+) -> tuple[Array, Run | None]: ...  # y, and what backward needs where a tape is wanted
 def backward(
-    cell: str,
-    layout: Layout,
-    weights: list[Array | None],
-    suffix: str,
-    compute: str,
-    taps: int,
-    reversed: bool,
-    x: Array,
-    y: Array,
-    h_0: Array,
-    c_0: Array | None,
-    reset: NDArray[np.int64] | None,
-    fresh_h: Array | None,
-    fresh_c: Array | None,
-    tape: Array,
-    recompute: bool,
+    run: Run,
     dy: Array,
     dh_T: Array | None,
     dc_T: Array | None,
-    dx: Array | None,
+    need_dx: bool,
     dh_0: Array | None,
     dc_0: Array | None,
-    dreset_h: Array | None,
-    dreset_c: Array | None,
-    gradients: list[Array | None],
+    gradients: dict[str, Array],
     accumulate: bool,
-    queue: Queue,
-) -> None: ...
+    threads: int | None,
+) -> tuple[Array | None, list[tuple[Array, Array]]]: ...  # dx, and for each direction with resets the gradients of the states they put
 def peak(compute: str, rounds: int) -> float: ...  # operations done in registers: what a product can reach at most
 def targets() -> list[str]: ...
 def target() -> str: ...

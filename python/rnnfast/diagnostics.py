@@ -140,9 +140,7 @@ def activities(layer: _Layer, x: ArrayLike, state: Any = None) -> dict[str, Arra
     letters = {"lstm": "ifgoc", "gru": "rzn", "rnn": ""}[layer.cell.split("_")[0]]
     if not letters:
         return {"h": y}
-    run = tape.runs[0][0]
-    assert run.buffer is not None
-    kept = run.buffer[: run.size].reshape(*y.shape[:2], 5, -1)  # the kernels' tape: gates first, c last, units padded (csrc/sequence.hpp)
+    kept = tape.runs[0].tapes[0].reshape(*y.shape[:2], 5, -1)  # the kernels' tape: gates first, c last, units padded (csrc/sequence.hpp)
     return {letter: kept[:, :, k, : layer.hidden_size].copy() for k, letter in enumerate(letters)} | {"h": y}
 
 

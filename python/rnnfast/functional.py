@@ -11,10 +11,10 @@ shapes and dtypes are checked here and at the kernels' border, before anything i
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -34,69 +34,21 @@ _Weights: TypeAlias = "list[Array | None]"
 _DEBUG = os.environ.get("RNNFAST_DEBUG", "0") not in ("", "0")  # check that x is the same in backward as it was in forward
 
 
-class _Buffers:
-    """Tape memory that goes round: a fresh page costs more to touch than the kernels need to fill it."""
-
-    def __init__(self) -> None:
-        self._free: list[Array] = []
-        self._lock = threading.Lock()
-
-    def take(self, size: int, dtype: np.dtype[Any]) -> Array:
-        with self._lock:
-            for i, buffer in enumerate(self._free):
-                if buffer.dtype == dtype and size <= buffer.size <= 2 * size + 1024:
-                    return self._free.pop(i)
-        return np.empty(size + size // 16, dtype)
-
-    def give(self, buffer: Array) -> None:
-        with self._lock:
-            self._free.append(buffer)
-            del self._free[:-16]
-
-
-_buffers = _Buffers()
-
-
-@dataclass
-class _Run:
-    """One layer in one direction over one call."""
-
-    suffix: str
-    reverse: bool
-    weights: _Weights
-    x: Array  # (T, B, in)
-    y: Array  # (T, B, R), a view into the layer's output
-    h_0: Array  # (B, K*R)
-    c_0: Array | None  # (B, H)
-    fresh_h: Array | None  # (K*R,)
-    fresh_c: Array | None  # (H,)
-    reset: NDArray[np.int64] | None  # (T, B): number of the reset event before this step, else -1
-    events: int
-    buffer: Array | None  # the kernels' tape, somewhat larger than needed
-    size: int = 0
-
-    def __del__(self) -> None:
-        if self.buffer is not None:
-            _buffers.give(self.buffer)
-
-
-@dataclass
+@dataclass(slots=True)
 class Tape:
     """What `forward` keeps for `backward`; opaque to callers."""
 
     cell: str
     params: Mapping[str, Array]
-    layout: _core.Layout
-    runs: list[list[_Run]] = field(repr=False)
+    runs: list[_core.Run]  # one a layer
+    x: Array  # (T, B, I)
+    sizes: tuple[int, int, int, int, int, int]  # L, D, B, H, R, S
     dropout_masks: Sequence[Array] | None
     skip: bool
-    taps: int
     paired: bool  # is the state (h, c)?
     started: bool  # was the state given?
-    compute: str  # what products multiply
-    recompute: bool
     checksum: int | None = None  # of x, in debug mode
-    parts: list[tuple[int, int, Tape, NDArray[np.bool_]]] = field(default_factory=list, repr=False)  # see _forward_in_parts
+    parts: Sequence[tuple[int, int, Tape, NDArray[np.bool_]]] = ()  # see _forward_in_parts
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------------------------
@@ -136,12 +88,17 @@ def _weights(params: Mapping[str, Array], suffix: str, who: str) -> _Weights:
     return [params.get(name + suffix) for name in _NAMES]
 
 
-def _contiguous(array: Array | None) -> Array | None:
-    return None if array is None else np.ascontiguousarray(array)
+@lru_cache(64)
+def _names(L: int, D: int) -> tuple[list[tuple[tuple[str, ...], ...]], frozenset[str]]:
+    """The names of each layer's weights in each direction, and all of them: those whose gradients the kernels write."""
+    ends = [[f"_l{layer}" + ("_reverse" if d else "") for d in range(D)] for layer in range(L)]
+    names = [tuple(tuple(name + end for name in _NAMES) for end in directions) for directions in ends]
+    return names, frozenset(name for layer in names for direction in layer for name in direction)
 
 
-def _suffix(layer: int, direction: int) -> str:
-    return f"_l{layer}" + ("_reverse" if direction else "")
+def _left(array: Array | None, n: int) -> Array | None:
+    """The first n columns."""
+    return None if array is None else np.ascontiguousarray(array[..., :n])
 
 
 # ---- forward -----------------------------------------------------------------------------------------------------------------------------
@@ -227,22 +184,25 @@ def forward(
         raise ValueError(f"{who}: has no cell states")
     if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
         raise ValueError(f"{cell}: takes no projection and no output taps, since r multiplies the H-wide state unit by unit")
+    params = params if isinstance(params, dict) else dict(params)
     x = _array(x, "x", who)
     if x.ndim != (3 if batch_sizes is None else 2):
         raise ValueError(f"{who}: x must have shape {'(T, B, I)' if batch_sizes is None else '(tokens, I)'}, got {x.shape}")
     I = x.shape[-1]
-    weights = [[_weights(params, _suffix(layer, d), who) for d in range(D)] for layer in range(L)]
-    w_ih, w_hh, w_hr = weights[0][0][0], weights[0][0][1], weights[0][0][5]
-    assert w_ih is not None and w_hh is not None
+    names, _ = _names(L, D)
+    first = names[0][0]
+    w_ih, w_hh, w_hr = params.get(first[0]), params.get(first[1]), params.get(first[5])
+    if w_ih is None or w_hh is None:
+        raise KeyError(f"{who}: params lacks {first[w_ih is not None]!r}")
     gates = 4 if lstm else 3 if who == "gru" else 1
     if w_ih.ndim != 2 or w_ih.shape[0] % gates or w_ih.shape[1] != I:
         H = w_hh.shape[0] // gates if w_hh.ndim else 0
         raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x has shape {x.shape}")
     _expect(x, "x", "(T, B, I)", x.shape, w_ih.dtype, who)
-    compute = compute_dtype or x.dtype.name
     ends = _lengths(lengths, who)
     layout = _layout(x, ends, batch_sizes, who)
-    T, B, lead = layout.T, layout.B, x.shape[:-1]
+    lead = x.shape[:-1]
+    T, B = lead if batch_sizes is None else (layout.T, layout.B)
     if batch_sizes is not None and (lengths is not None or reset is not None or output_taps > 1):
         raise ValueError(f"{who}: batch_sizes go without lengths, reset and output_taps")
     cut = _reset(reset, T, B, ends, who)
@@ -255,64 +215,59 @@ def forward(
     carries = lstm or who == "gru"
     paired = lstm or (who == "gru" and w_hr is not None)
     if cut is not None and output_taps > 1:
-        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute, recompute, threads)
-    fresh_h, fresh_c = (_initial(params, name, (L * D, 1, n), x.dtype, who) for name, n in (("h_0", S), ("c_0", H)))
-    h_0, c_0 = _state(state, paired, (L * D, B, S), (L * D, B, H), fresh_h, fresh_c, x.dtype, who)
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute_dtype, recompute, threads)
+    h_shape, c_shape = (L * D, B, S), (L * D, B, H)
+    fresh_h = _initial(params, "h_0", (L * D, 1, S), x.dtype, who)
+    fresh_c = _initial(params, "c_0", (L * D, 1, H), x.dtype, who)
+    h_0, c_0 = _state(state, paired, h_shape, c_shape, fresh_h, fresh_c, x.dtype, who)
+    events: list[NDArray[np.int64]] = []
+    if cut is not None:
+        events = [_events(cut, d == 1) for d in range(D)]
+        fresh_h = np.zeros((L * D, 1, S), x.dtype) if fresh_h is None else fresh_h
+        fresh_c = np.zeros((L * D, 1, H), x.dtype) if fresh_c is None else fresh_c
     if carries and not paired:  # a GRU carries its own h
-        c_0, fresh_c = h_0[..., :H], fresh_h[..., :H]
+        c_0, fresh_c = _left(h_0, H), _left(fresh_h, H)
 
-    h_T, c_T = np.empty_like(h_0), (np.empty((L * D, B, H), x.dtype) if paired else None)
-    new = np.zeros if layout.ragged and not layout.packed else np.empty
-    every_y = new((*lead, L * D * R if skip else D * R), x.dtype) if skip or L == 1 else None
+    h_T, c_T = np.empty(h_shape, x.dtype), np.empty(c_shape, x.dtype) if paired else None
+    new = np.zeros if ends is not None else np.empty
+    every_y = new((*lead, L * D * R), x.dtype) if skip else None
     every_c = new((*lead, (L if skip else 1) * D * H), x.dtype) if cells else None
-    runs: list[list[_Run]] = []
+    runs: list[_core.Run] = []
     y = below = x
     for layer in range(L):
         if layer > 0:
             below = y if dropout_masks is None else y * dropout_masks[layer - 1]
             below = np.concatenate((x, below), axis=-1) if skip else below
-        y = new((*lead, D * R), x.dtype) if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
-        layer_runs = []
-        queue = _core.Queue(threads)  # both directions at once
-        for d in range(D):
-            k = layer * D + d
-            events, count = _events(cut, d == 1, ends)
-            run = _Run(
-                _suffix(layer, d), d == 1, weights[layer][d], below, y[..., d * R : (d + 1) * R], h_0[k],
-                None if c_0 is None or not carries else _contiguous(c_0[k]),
-                fresh_h[k, 0], _contiguous(fresh_c[k, 0]) if carries else None, events, count, None,
-            )  # fmt: skip
-            kept = None
-            if tape:
-                run.size = _core.tape_size(cell, layout, run.weights, output_taps, run.suffix, recompute)
-                run.buffer = _buffers.take(run.size, x.dtype)
-                kept = run.buffer[: run.size]
-            c_out = None
-            if every_c is not None and (skip or layer == L - 1):
-                at = (k if skip else d) * H
-                c_out = every_c[..., at : at + H]
-            _core.forward(
-                cell, layout, run.weights, run.suffix, compute, output_taps, run.reverse, below, run.y, run.h_0, run.c_0,
-                h_T[k], None if c_T is None else c_T[k], events, run.fresh_h, run.fresh_c, c_out, kept, recompute,
-                None if snapshot is None else snapshot.setdefault(run.suffix, _core.Packs()), queue,
-            )  # fmt: skip
-            layer_runs.append(run)
-        queue.run()
-        runs.append(layer_runs)
+        y_out = None if every_y is None else every_y[..., layer * D * R : (layer + 1) * D * R]
+        c_out = None if every_c is None else every_c[..., layer * D * H : (layer + 1) * D * H] if skip else every_c if layer == L - 1 else None
+        packs = [] if snapshot is None else [snapshot.setdefault(name, _core.Packs()) for name, *_ in names[layer]]
+        y, run = _core.forward(
+            cell, layout, params, names[layer], layer, compute_dtype, output_taps, below, y_out, h_0, c_0, h_T, c_T, events, fresh_h,
+            fresh_c if carries else None, c_out, tape, recompute, packs, threads,
+        )  # fmt: skip
+        if run is not None:
+            runs.append(run)
     result = y if every_y is None else every_y
     final = h_T if c_T is None else (h_T, c_T)
-    kept_tape = None
+    kept = None
     if tape:
-        kept_tape = Tape(cell, params, layout, runs, dropout_masks, skip, output_taps, paired, state is not None, compute, recompute)
-        kept_tape.checksum = zlib.crc32(x.tobytes()) if _DEBUG else None
-        result.flags.writeable = False
-    return (result, final, kept_tape, every_c) if cells else (result, final, kept_tape)
+        kept = Tape(cell, params, runs, x, (L, D, B, H, R, S), dropout_masks, skip, paired, state is not None)
+        if _DEBUG:
+            kept.checksum = zlib.crc32(x.tobytes())
+        result.setflags(write=False)
+    return (result, final, kept, every_c) if cells else (result, final, kept)
+
+
+@lru_cache(8)
+def _plain(T: int, B: int) -> _core.Layout:
+    """Every row runs at every step."""
+    return _core.Layout(T, B)
 
 
 def _layout(x: Array, ends: NDArray[np.int64] | None, batch_sizes: Any, who: str) -> _core.Layout:
     try:
         if batch_sizes is None:
-            return _core.Layout(x.shape[0], x.shape[1], ends)
+            return _plain(x.shape[0], x.shape[1]) if ends is None else _core.Layout(x.shape[0], x.shape[1], ends)
         layout = _core.Layout.from_batch_sizes(np.asarray(batch_sizes, np.int64))
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
@@ -333,32 +288,32 @@ def _reset(reset: Any, T: int, B: int, ends: NDArray[np.int64] | None, who: str)
     return cut if cut.any() else None
 
 
-def _events(
-    cut: NDArray[np.bool_] | None, reverse: bool, ends: NDArray[np.int64] | None
-) -> tuple[NDArray[np.int64] | None, int]:
-    """Resets numbered in order of t; the reverse direction starts afresh at t - 1, and at T - 1 anyway."""
-    if cut is None:
-        return None, 0
+def _events(cut: NDArray[np.bool_], reverse: bool) -> NDArray[np.int64]:
+    """Resets numbered in order of t, elsewhere -1; the reverse direction starts afresh at t - 1, and at T - 1 anyway."""
     if reverse:
         cut = np.concatenate((cut[1:], np.zeros_like(cut[:1])))
     numbers = np.full(cut.shape, -1, np.int64)
-    count = int(cut.sum())
-    numbers[cut] = np.arange(count)
-    return numbers, count
+    numbers[cut] = np.arange(cut.sum())
+    return numbers
 
 
-def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array:
+def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array | None:
     value = params.get(name)
-    return np.zeros(shape, dtype) if value is None else _expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who)
+    return None if value is None else _expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who)
+
+
+def _rows(fresh: Array | None, B: int) -> Array | None:
+    """A fresh state (L*D, 1, n) for every row of the batch."""
+    return None if fresh is None else np.repeat(fresh, B, axis=1)
 
 
 def _state(
-    state: Any, paired: bool, h_shape: tuple[int, ...], c_shape: tuple[int, ...], fresh_h: Array, fresh_c: Array, dtype: np.dtype[Any], who: str
-) -> tuple[Array, Array | None]:
-    """Copies of h and c, so that a tape never sees what the caller does to its own."""
-    B = h_shape[1]
+    state: Any, paired: bool, h_shape: tuple[int, ...], c_shape: tuple[int, ...], fresh_h: Array | None, fresh_c: Array | None,
+    dtype: np.dtype[Any], who: str,
+) -> tuple[Array | None, Array | None]:  # fmt: skip
+    """Copies of h and c, so that a tape never sees what the caller does to its own; None for zeros."""
     if state is None:
-        return np.repeat(fresh_h, B, axis=1), np.repeat(fresh_c, B, axis=1) if paired else None
+        return _rows(fresh_h, h_shape[1]), _rows(fresh_c, c_shape[1]) if paired else None
     if paired != isinstance(state, (tuple, list)) or (paired and len(state) != 2):
         raise ValueError(f"{who}: state must be {'a pair (h, c)' if paired else 'one array h'}, got {type(state).__name__}")
     parts = [_array(part, name, who) for part, name in zip(state if paired else (state,), "hc")]
@@ -397,82 +352,54 @@ def backward(
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
     if tape.parts:
         return _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
-    runs, D, L = tape.runs, len(tape.runs[0]), len(tape.runs)
-    first = runs[0][0]
-    B, lead, in_0 = tape.layout.B, first.x.shape[:-1], first.x.shape[-1]
-    R, S, dtype = first.y.shape[-1], first.h_0.shape[1], first.x.dtype
-    w_ih = first.weights[0]
-    assert w_ih is not None
-    gates = 4 if who == "lstm" else 3 if who == "gru" else 1
-    H, carries = w_ih.shape[0] // gates, gates > 1
+    L, D, B, H, R, S = tape.sizes
+    x, dtype, lead, carries = tape.x, tape.x.dtype, tape.x.shape[:-1], who != "rnn"
     wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
     dy = _expect(_array(dy, "dy", who), "dy", symbols, (*lead, wide), dtype, who)
     dh_T = dc_T = None
     if dstate is not None:
-        zero_h, zero_c = np.zeros((L * D, 1, S), dtype), np.zeros((L * D, 1, H), dtype)
-        dh_T, dc_T = _state(dstate, tape.paired, (L * D, B, S), (L * D, B, H), zero_h, zero_c, dtype, who)
-    if tape.checksum is not None and tape.checksum != zlib.crc32(first.x.tobytes()):
+        dh_T, dc_T = _state(dstate, tape.paired, (L * D, B, S), (L * D, B, H), None, None, dtype, who)
+    if tape.checksum is not None and tape.checksum != zlib.crc32(x.tobytes()):
         raise RuntimeError(f"{who}: x has changed between forward and backward")
     for name, value in tape.params.items():
-        if name not in gradients:
+        gradient = gradients.get(name)
+        if gradient is None:
             raise KeyError(f"{who}: gradients lacks {name!r}")
-        if gradients[name].shape != value.shape:
-            raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradients[name].shape}")
+        if gradient.shape != value.shape:
+            raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradient.shape}")
 
     if not accumulate:
-        by_kernels = {name + run.suffix for layer_runs in runs for run in layer_runs for name in _NAMES}
-        for name in tape.params.keys() - by_kernels:
-            gradients[name].fill(0)
+        written = _names(L, D)[1]
+        for name in tape.params:
+            if name not in written:
+                gradients[name].fill(0)
     dh_0 = np.empty((L * D, B, S), dtype)
     dc_0 = np.empty((L * D, B, H), dtype) if carries else None
-    new = np.zeros if tape.layout.ragged and not tape.layout.packed else np.empty
     dx: Array | None = None
     dx_skip: Array | None = None  # what the layers above the first send to x under skip
     dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
     for layer in reversed(range(L)):
-        below: list[Array | None] = []
-        resets: list[tuple[Array | None, Array | None]] = []
-        queue = _core.Queue(threads)
-        for d, run in enumerate(runs[layer]):
-            k = layer * D + d
-            dbelow = new(run.x.shape, dtype) if layer > 0 or need_dx else None
-            dreset_h = np.empty((run.events, S), dtype) if run.reset is not None else None
-            dreset_c = np.empty((run.events, H), dtype) if run.reset is not None and carries else None
-            assert run.buffer is not None
-            _core.backward(
-                tape.cell, tape.layout, run.weights, run.suffix, tape.compute, tape.taps, run.reverse, run.x, run.y, run.h_0, run.c_0, run.reset, run.fresh_h,
-                run.fresh_c, run.buffer[: run.size], tape.recompute, dy_l[..., d * R : (d + 1) * R], None if dh_T is None else dh_T[k],
-                None if dc_T is None else dc_T[k], dbelow, dh_0[k], None if dc_0 is None else dc_0[k], dreset_h, dreset_c,
-                [gradients.get(name + run.suffix) if w is not None else None for name, w in zip(_NAMES, run.weights)], accumulate, queue,
-            )  # fmt: skip
-            below.append(dbelow)
-            resets.append((dreset_h, dreset_c))
-        queue.run()
-        for d, (dreset_h, dreset_c) in enumerate(resets):
-            k = layer * D + d
-            if dc_0 is not None and not tape.paired:  # a GRU carries its own h
-                dh_0[k, :, :H] += dc_0[k]
-                if dreset_h is not None and dreset_c is not None:
-                    dreset_h[:, :H] += dreset_c
-            if dreset_h is not None and "h_0" in gradients:
+        total, resets = _core.backward(tape.runs[layer], dy_l, dh_T, dc_T, layer > 0 or need_dx, dh_0, dc_0, gradients, accumulate, threads)
+        for k, (dreset_h, dreset_c) in enumerate(resets, layer * D):
+            if carries and not tape.paired:
+                dreset_h[:, :H] += dreset_c
+            if "h_0" in gradients:
                 gradients["h_0"][k, 0] += dreset_h.sum(axis=0)
-            if dreset_c is not None and tape.paired and "c_0" in gradients:
+            if tape.paired and "c_0" in gradients:
                 gradients["c_0"][k, 0] += dreset_c.sum(axis=0)
-        total = below[0]
-        if total is not None and D == 2:
-            assert below[1] is not None
-            total += below[1]
         if layer == 0:
             dx = total if dx_skip is None or total is None else total + dx_skip
             break
         assert total is not None
         if tape.skip:
             if need_dx:
-                dx_skip = total[..., :in_0] if dx_skip is None else dx_skip + total[..., :in_0]
-            total = total[..., in_0:]
+                dx_skip = total[..., : x.shape[-1]] if dx_skip is None else dx_skip + total[..., : x.shape[-1]]
+            total = total[..., x.shape[-1] :]
         dy_l = total if tape.dropout_masks is None else total * tape.dropout_masks[layer - 1]
         if tape.skip:
             dy_l = dy_l + dy[..., (layer - 1) * D * R : layer * D * R]
+    if dc_0 is not None and not tape.paired:  # a GRU carries its own h
+        dh_0[..., :H] += dc_0
     if not tape.started:
         if "h_0" in gradients:
             gradients["h_0"] += dh_0.sum(axis=1, keepdims=True)
@@ -486,7 +413,7 @@ def backward(
 
 def _forward_in_parts(
     cell: str, x: Array, state: Any, params: Mapping[str, Array], cut: NDArray[np.bool_], ends: NDArray[np.int64] | None, taps: int, tape: bool,
-    paired: bool, cells: bool, compute: str, recompute: bool, threads: int | None,
+    paired: bool, cells: bool, compute: str | None, recompute: bool, threads: int | None,
 ) -> Any:  # fmt: skip
     T = len(x)
     bounds = sorted({0, T, *np.flatnonzero(cut.any(axis=1)).tolist()})
@@ -512,7 +439,7 @@ def _forward_in_parts(
             parts.append((t0, t1, whole, rows))
     result = np.concatenate(ys)
     if whole is not None:
-        whole = Tape(cell, params, whole.layout, [], None, False, taps, paired, started, compute, recompute, parts=parts)
+        whole = Tape(cell, params, [], x, whole.sizes, None, False, paired, started, parts=parts)
     return (result, state, whole, np.concatenate(cs)) if cells else (result, state, whole)
 
 

@@ -139,7 +139,7 @@ class _Recurrent(Module):
             return result
 
     def _short(self, x: Any, state: Any) -> tuple[Array, State] | None:
-        """y and the state of a plain call, the same bits without the general call's 20 microseconds, where those would count; or None."""
+        """y and the state of a plain call, the same bits without the general call's checks, where those would count; or None."""
         weights = max(self.input_size, self.hidden_size) * self.hidden_size * self._gates
         if not isinstance(x, np.ndarray) or x.ndim != 3 or weights > 1 << 22 or not 0 < x.shape[0] * x.shape[1] * weights < 1 << 25:
             return None

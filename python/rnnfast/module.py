@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,18 @@ Array = NDArray[Any]
 # A step frees its arrays and the next makes them anew. glibc hands freed memory back to the system, to be faulted in again page by page (a
 # tenth of a small step), unless something larger was freed before: this, which is never touched. 32 MiB is the most that it takes as a sign.
 np.empty(31 << 20, np.uint8)
+
+
+class _Alone:
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        if not self._module._busy.acquire(blocking=False):
+            raise RuntimeError(f"{self._module._name}: concurrent training calls on one module; give each thread its own")
+
+    def __exit__(self, *_: object) -> None:
+        self._module._busy.release()
 
 
 class Module:
@@ -187,15 +198,9 @@ class Module:
             raise RuntimeError(f"{self._name}: backward without a forward in training mode")
         return self._tapes.pop()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> _Alone:
         """Around a forward or backward in training mode: a second thread inside is an error, not a race."""
-        if not self._busy.acquire(blocking=False):
-            raise RuntimeError(f"{self._name}: concurrent training calls on one module; give each thread its own")
-        try:
-            yield
-        finally:
-            self._busy.release()
+        return _Alone(self)
 
     # ---- copying: the named views must go on being views of the one flat array
 

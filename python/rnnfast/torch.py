@@ -1315,7 +1315,7 @@ def _tape_sizes(x: Tensor, h: Tensor, weights: list[Tensor], layers: int, direct
         shapes = [tuple(int(n) for n in w.shape) for w in weights[k * each : k * each + each]]
         arrays = [np.empty(shape, dtype) for shape in shapes]
         biases, hr = (arrays[2:4] if each >= 4 else [None, None]), arrays[-1] if each % 2 else None
-        one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None], 1, "", False)
+        one = _core.tape_size(CELLS[cell], _core.Layout(1, 1), [*arrays[:2], *biases, None, hr, None])
         sizes.append(tokens * one)
     return sizes
 
