@@ -22,6 +22,8 @@ SHAPES = {
     "no time, no batch": Shape(0, 0, 2, 3, "every array of activations is empty"),
     "one of each": Shape(1, 1, 1, 1, "no loop runs twice"),
     "one step": Shape(1, 9, 6, 12, "a decoder's call: nothing follows in time"),
+    "one step of one row": Shape(1, 1, 37, 21, "weights are used once, as they stand: squares and tails of both products"),
+    "one step of few rows": Shape(1, 7, 18, 35, "likewise; the rows are a tile of 4 and one of 3"),
     "one row": Shape(7, 1, 5, 20, "a matrix-vector product, whose path may be its own"),
     "one input": Shape(5, 4, 1, 9, "the product with x has a depth of 1"),
     "one unit": Shape(6, 5, 3, 1, "the recurrent product has a depth of 1; every lane but one is padding"),

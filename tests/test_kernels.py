@@ -1,5 +1,6 @@
 """The kernels against the oracle: every cell, dtype, option, awkward shape and CPU target; outputs and gradients."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,18 @@ def test_dx_on_request_alone(cell: str, target: str) -> None:
     dx, _, found = functional.backward(tape, a.dy, a.dstate, need_dx=False)
     assert dx is None
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [*OVERWRITTEN, "one step"])
+@pytest.mark.parametrize("state", ["zero", "given", "learned"])
+def test_dstate_on_request_alone(name: str, state: str, target: str) -> None:
+    problem = replace(OVERWRITTEN.get(name, Problem("gru", "one step", layers=2, directions=2)), state=state)
+    a = arrays(problem, "float32")
+    _, _, tape, *_ = functional.forward(problem.cell, a.x, a.state, a.params, **a.options)
+    expected = functional.backward(tape, a.dy, a.dstate)
+    dx, dstate, found = functional.backward(tape, a.dy, a.dstate, need_dstate=False)
+    assert dstate is None
+    assert_same({"dx": dx, **found}, {"dx": expected[0], **expected[2]})
 
 
 @pytest.mark.parametrize("cell", CELLS)

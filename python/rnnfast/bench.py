@@ -103,7 +103,7 @@ def _ours(cell: str, params: dict[str, Any], x: Any, dy: Any) -> dict[str, Calla
 
     def train() -> Any:
         y, _, tape = functional.forward(cell, x, None, params)
-        functional.backward(tape, dy, None, gradients)
+        functional.backward(tape, dy, None, gradients, need_dstate=False)
         return y
 
     return {"inference": infer, "training": train}

@@ -192,7 +192,7 @@ class Linear(_Map):
         self._check("dy", dy, (*shape[:-1], self.out_features))
         _ = self.flat_gradient
         rows = self._steps(dy)
-        dx, _, _ = functional.backward(kept, rows, None, self._as_cell(self._gradients))
+        dx, _, _ = functional.backward(kept, rows, None, self._as_cell(self._gradients), need_dstate=False)
         assert dx is not None
         result: Array = dx.reshape(shape)
         return result

@@ -328,8 +328,8 @@ def _state(
 
 def backward(
     tape: Tape, dy: Any, dstate: Any = None, gradients: dict[str, Array] | None = None, *, accumulate: bool = True, need_dx: bool = True,
-    threads: int | None = None,
-) -> tuple[Array | None, State, dict[str, Array]]:  # fmt: skip
+    need_dstate: bool = True, threads: int | None = None,
+) -> tuple[Array | None, State | None, dict[str, Array]]:  # fmt: skip
     """Backpropagation through time: from the gradients of a forward's results to those of its arguments.
 
     Args:
@@ -339,6 +339,7 @@ def backward(
         gradients: name -> C-contiguous array of the parameter's shape, added to; None makes new ones.
         accumulate: False overwrites `gradients` instead, which saves their zeroing and, for a step or two over big weights, half their traffic.
         need_dx: False returns None for dx and saves its product.
+        need_dstate: False returns None for dstate and saves the first step's product with weight_hh, which for a call of few steps counts.
         threads: as of `forward`.
 
     Returns:
@@ -351,7 +352,8 @@ def backward(
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
     if tape.parts:
-        return _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
+        in_parts = _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
+        return in_parts if need_dstate else (in_parts[0], None, in_parts[2])
     L, D, B, H, R, S = tape.sizes
     x, dtype, lead, carries = tape.x, tape.x.dtype, tape.x.shape[:-1], who != "rnn"
     wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
@@ -373,8 +375,9 @@ def backward(
         for name in tape.params:
             if name not in written:
                 gradients[name].fill(0)
-    dh_0 = np.empty((L * D, B, S), dtype)
-    dc_0 = np.empty((L * D, B, H), dtype) if carries else None
+    learned = not tape.started and ("h_0" in gradients or "c_0" in gradients)
+    dh_0 = np.empty((L * D, B, S), dtype) if need_dstate or learned else None
+    dc_0 = np.empty((L * D, B, H), dtype) if carries and dh_0 is not None else None
     dx: Array | None = None
     dx_skip: Array | None = None  # what the layers above the first send to x under skip
     dy_l = dy[..., (L - 1) * D * R :] if tape.skip else dy
@@ -398,14 +401,17 @@ def backward(
         dy_l = total if tape.dropout_masks is None else total * tape.dropout_masks[layer - 1]
         if tape.skip:
             dy_l = dy_l + dy[..., (layer - 1) * D * R : layer * D * R]
+    if dh_0 is None:
+        return dx, None, gradients
     if dc_0 is not None and not tape.paired:  # a GRU carries its own h
         dh_0[..., :H] += dc_0
-    if not tape.started:
+    if learned:
         if "h_0" in gradients:
             gradients["h_0"] += dh_0.sum(axis=1, keepdims=True)
         if tape.paired and dc_0 is not None and "c_0" in gradients:
             gradients["c_0"] += dc_0.sum(axis=1, keepdims=True)
-    return dx, (dh_0, dc_0) if tape.paired and dc_0 is not None else dh_0, gradients
+    dstate = (dh_0, dc_0) if tape.paired and dc_0 is not None else dh_0
+    return dx, dstate if need_dstate else None, gradients
 
 
 # ---- resets with output taps: one call a stretch between resets, since the history of outputs must start afresh ----------------------------

@@ -187,11 +187,12 @@ class _Recurrent(Module):
             parts = [part.swapaxes(0, 1) for part in parts]
         return (parts[0], new, *parts[1:]), (tape, single, flip)
 
-    def backward(self, dy: Any, dstate: Any = None, *, need_dx: bool = True) -> tuple[Array, State]:
+    def backward(self, dy: Any, dstate: Any = None, *, need_dx: bool = True, need_dstate: bool = True) -> tuple[Array, State]:
         """dx, dstate = layer.backward(dy, dstate=None): undoes the latest forward that is not undone yet.
 
         dy is laid out like y and never read past a row's end; dstate is like the state, None for zeros. Returns the gradients of x and of the
-        initial state; parameter gradients add to `gradients()`. need_dx=False saves a product and returns None for dx.
+        initial state; parameter gradients add to `gradients()`. need_dx=False saves a product and returns None for dx, need_dstate=False
+        saves one step's.
 
         Raises RuntimeError without a forward in training mode, ValueError for a wrong shape or dtype, after which the tape is still there.
         """
@@ -203,13 +204,13 @@ class _Recurrent(Module):
                 if single and dstate is not None:
                     dstate = tuple(np.asarray(part)[:, None] for part in dstate) if self.paired else np.asarray(dstate)[:, None]
                 _ = self.flat_gradient
-                dx, d, _ = functional.backward(tape, dy, dstate, self._gradients, need_dx=need_dx)
+                dx, d, _ = functional.backward(tape, dy, dstate, self._gradients, need_dx=need_dx, need_dstate=need_dstate)
             except (KeyError, TypeError, ValueError, IndexError):
                 self._push((tape, single, flip))  # a wrong dy costs nothing
                 raise
         if single:
             dx = None if dx is None else dx[:, 0]
-            d = (d[0][:, 0], d[1][:, 0]) if isinstance(d, tuple) else d[:, 0]
+            d = (d[0][:, 0], d[1][:, 0]) if isinstance(d, tuple) else None if d is None else d[:, 0]
         elif flip and dx is not None:
             dx = dx.swapaxes(0, 1)
         return dx, d  # type: ignore[return-value]
