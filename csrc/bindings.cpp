@@ -312,10 +312,8 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (threads == 1 || all < 4e5 || (all < 2e8 && cores_are_taken())) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
-  if (j.T == 1) {  // Weights are used once. Row groups would each pack them all; few rows take them as they stand.
-    if (by_units && (j.B <= 8 || (j.B < 16 * threads && step / static_cast<double>(j.B) > 4e6))) return {threads, 1};
-    if (all < 1e6) return {1, 1};
-  }
+  // Weights that are used once: row groups would each pack them all, few rows take them as they stand.
+  if (j.T == 1 && by_units && j.B <= 16 * threads) return {threads, 1};
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
   if (j.B >= 4 * threads) return {threads, threads};
