@@ -227,6 +227,19 @@ struct Panels {
   int tail(int64_t panel) const { return static_cast<int>(panel == count() - 1 ? last : LANES<T>); }
 };
 
+// How many numbers p is off the next place from which registers do not cross cache lines: NumPy aligns to 16 bytes.
+template <class T>
+RNNFAST_INLINE int64_t to_alignment(const T* p) {
+  constexpr int L = LANES<T>;
+  return (L - static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % L)) % L;
+}
+// Likewise for squares of rows `pitch` apart, 0 where it does not count: rows a page apart share their place in the first-level cache, and
+// a line that two squares cross would be gone before the second.
+template <class T>
+RNNFAST_INLINE int64_t to_alignment(const T* p, int64_t pitch) {
+  return pitch * static_cast<int64_t>(sizeof(T)) >= 4096 ? to_alignment(p) : 0;
+}
+
 // Elements [k_begin, k_end) of panel `panel` of Wᵀ, for W's rows grouped by gate: column (block, slot, lane) is row gate[slot] +
 // unit·pitch, over k; p's first unit is `first_unit` of `units`, and units past the end are 0. A row has `pitch` numbers.
 template <class E, class T>
@@ -238,11 +251,12 @@ __attribute__((noinline)) void pack_gates(const Panels<T>& p, int64_t panel, int
     const int64_t unit = first_unit + (panel * p.per_panel + v / p.slots) * L;
     const T* from = gate[v % p.slots] + unit * pitch;
     const int64_t valid = least(L, units - unit);
-    for (int64_t k0 = k_begin; k0 < k_end; k0 += L) {
-      const int count = static_cast<int>(least(L, k_end - k0));
+    int64_t ahead = D == 1 ? to_alignment(from + k_begin, pitch) : 0;
+    for (int64_t k0 = k_begin, count; k0 < k_end; k0 += count, ahead = 0) {
+      count = least(ahead > 0 ? ahead : L, k_end - k0);
       Reg<T> square[L];
       for (int lane = 0; lane < L; ++lane)
-        square[lane] = lane < valid ? E::along(from + lane * pitch + k0 * D, least(L * D, pitch - k0 * D)) : all(T(0));
+        square[lane] = lane < valid ? E::along(from + lane * pitch + k0 * D, least(ahead > 0 ? ahead : L * D, pitch - k0 * D)) : all(T(0));
       transpose<T>(square);
       for (int i = 0; i < count; ++i) store(to + ((k0 - k_begin + i) * nv + v) * L, square[i]);
     }
@@ -306,17 +320,18 @@ void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* fir
     for (int i = 0; i < count; ++i)
       for (int r = 0; r < MR; ++r) acc[r] = fma<T>(all(a[r][k + i]), square[i], acc[r]);
   };
+  const auto part = [&](int64_t k, int64_t count) {
+    for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(w + lane * K + k, static_cast<int>(count)) : all(T(0));
+    add(k, static_cast<int>(count));
+  };
   for (int r = 0; r < MR; ++r) acc[r] = load(first ? first : c[r] + c_at);
-  int64_t k = 0;
+  int64_t k = valid == L ? to_alignment(w, K) : 0;
+  if (k > 0) part(0, k);
   for (; valid == L && k + L <= K; k += L) {
     for (int lane = 0; lane < L; ++lane) square[lane] = load(w + lane * K + k);
     add(k, L);
   }
-  for (; k < K; k += L) {
-    const int count = static_cast<int>(least(L, K - k));
-    for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(w + lane * K + k, count) : all(T(0));
-    add(k, count);
-  }
+  for (; k < K; k += L) part(k, least(L, K - k));
   for (int r = 0; r < MR; ++r) store(c[r] + c_at, acc[r]);
 }
 
@@ -350,11 +365,10 @@ RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, 
 template <class T, int MR>
 void combine_rows(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, T* const* c) {
   constexpr int L = LANES<T>, N = MR * MAX_NV <= REGISTERS / 2 ? MAX_NV : 2;
-  const auto misplaced = static_cast<int64_t>(reinterpret_cast<uintptr_t>(c[0]) / sizeof(T) % L);
   const T* from[MR];
   T* to[MR];
   for (int r = 0; r < MR; ++r) from[r] = a[r], to[r] = c[r];
-  int64_t j = least(misplaced ? L - misplaced : 0, width);
+  int64_t j = least(to_alignment(c[0]), width);
   if (j > 0) combine_columns<T, MR, 1>(from, step, K, row, 0, static_cast<int>(j), fresh, to);
   for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, to);
   for (; j < width; j += L) combine_columns<T, MR, 1>(from, step, K, row, j, static_cast<int>(least(L, width - j)), fresh, to);
