@@ -224,6 +224,7 @@ bool cores_are_taken() { return now() < taken_until.load(std::memory_order_relax
 void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
 
 void lend_threads(OpenMP team) {
+  the_team();  // a fork's child must forget the loan even where its parent never ran on it
   lent = team;
   is_lent.store(team.parallel != nullptr, std::memory_order_release);
 }

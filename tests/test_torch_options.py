@@ -122,6 +122,7 @@ def test_copies_pickles_and_state_dicts_hold_nothing_of_a_snapshot(name: str) ->
     fast.freeze(model)
     assert list(model.state_dict()) == keys and len(pickle.dumps(model)) < size + 100  # the attribute's name and None
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copy.copy(model)._frozen is None and model._frozen is not None
         with torch.no_grad():
             assert twin._frozen is None and not twin.training
             for p in twin.parameters():
@@ -281,6 +282,21 @@ def test_own_cells_are_single_steps_of_own_layers(kind: str) -> None:
         fast.to_torch(cell)
 
 
+@pytest.mark.parametrize("kind", CELLS_OF)
+def test_own_cells_states_can_be_detached_in_place(kind: str) -> None:
+    """As truncated backpropagation does."""
+    found = []
+    for detach in (Tensor.detach, Tensor.detach_):
+        torch.manual_seed(0)
+        cell, state = CELLS_OF[kind][0](), None
+        for x in torch.ones(3, 2, 3, dtype=F64):
+            state = cell(x, state)
+            sum(t.square().sum() for t in flat(state)).backward()  # type: ignore[union-attr]
+            state = tuple(map(detach, state)) if isinstance(state, tuple) else detach(state)
+        found.append([*flat(state), *(p.grad for p in cell.parameters())])
+    close(*found, 0)
+
+
 def test_options_of_cells_change_nothing_unless_given() -> None:
     for theirs, ours in ((nn.LSTMCell, fast.LSTMCell), (nn.GRUCell, fast.GRUCell)):
         torch.manual_seed(3)
@@ -298,6 +314,7 @@ def test_options_of_cells_change_nothing_unless_given() -> None:
         fast.LSTMCell(3, 5, False, forget_bias=1)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
 def test_own_layers_run_beside_compiled_graphs() -> None:
     for m in (fast.LSTM(3, 3, peephole=True), fast.LSTMCell(3, 3, peephole=True)):
         model = nn.Sequential(nn.Linear(3, 3), m)
@@ -456,6 +473,8 @@ def test_what_own_layers_cannot_do_is_said() -> None:
         fast.compilable(nn.Sequential(m))
     with pytest.raises(RuntimeError, match="device"):
         fast.LSTM(3, 5, peephole=True, device="meta")(torch.zeros(4, 2, 3))
+    with pytest.raises(RuntimeError, match="LSTM: input, state and weights must be on the same device, got cpu, meta"):
+        torch.func.functional_call(m, {"weight_hh_l0": m.weight_hh_l0.to("meta")}, torch.zeros(4, 2, 3))
     with pytest.raises(RuntimeError, match="larger than 0"):
         m(torch.zeros(0, 2, 3))
     with pytest.raises(ValueError, match=r"reset must be bool of shape \(T, B\) = \(4, 2\)"):
