@@ -437,14 +437,17 @@ def test_own_layers_are_modules(kind: str) -> None:
     close(m(x[:, :0]), [t[:, :0] for t in before])
 
 
-def test_own_and_frozen_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> None:
+def test_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> None:
     """By the processor time that anybody but the caller has used."""
     set_num_threads(2)
     m, frozen = fast.LSTM(64, 64, 2, peephole=True), fast.freeze(fast.GRU(64, 64))
+    others = fast.LSTM(64, 64), fast.compilable(nn.GRU(64, 64)), fast.LSTM(64, 64).bfloat16()
     x, h = torch.randn(40, 32, 64), torch.zeros(1, 32, 64)
 
     def run() -> None:
         m(x, reset=torch.zeros(40, 32, dtype=torch.bool))[0].sum().backward()
+        for other in others:
+            other(x.to(next(other.parameters()).dtype))[0].sum().backward()
         with torch.no_grad():
             for steps in (1, 12, 12, 12):
                 frozen(x[:steps], h)

@@ -145,16 +145,7 @@ class _Node(torch.autograd.Function):
         return (None, None, *_differentiable_backward(call, x, h, c, weights, gradients, needs))
 
 
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply  # without the look for transforms, which `_is_plain` has taken
-
-
-def _into_graph(*given: Any) -> _Result:
-    """`_Node`'s results, or None where a tensor, as those of inference mode, may not be kept for a backward: torch's own way keeps others."""
-    try:
-        result = _apply(*given)
-    except RuntimeError:
-        return None
-    return result if type(result) is tuple else (result,)
+_into_graph: Callable[..., Any] = super(torch.autograd.Function, _Node).apply  # without the look for transforms, which `_is_plain` has taken
 
 
 def _differentiable_backward(
@@ -260,7 +251,11 @@ def _stack(
             return None
     y, h_T, c_T, tape = out
     if tape is not None:
-        return _into_graph(_Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None), out, x, h, c, *weights)
+        try:
+            result = _into_graph(_Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None), out, x, h, c, *weights)
+        except RuntimeError:  # of what may not be kept for a backward, as inference mode's tensors: torch's own way may keep others
+            return None
+        return result if type(result) is tuple else (result,)
     if h_T is None:
         return (y,) if c_T is None else (y, c_T)
     return (y, h_T) if c_T is None else (y, h_T, c_T)
@@ -335,7 +330,11 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
         if out is not None:
             if out[3] is None:
                 return (out[0],) if c is None else (out[0], out[2])
-            return _into_graph(_STEPS[cell], out, x, h, c, *weights)
+            try:
+                result = _into_graph(_STEPS[cell], out, x, h, c, *weights)
+            except RuntimeError:  # as in `_stack`
+                return None
+            return result if c is not None else (result,)
     return _stack(cell, x, None, h, c, weights, 1, False, False, low)
 
 
@@ -1153,24 +1152,18 @@ class _Step(_Ours, nn.RNNCellBase):
     """What the three cells share beyond torch."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if self._is_own or self._frozen is not None:
-            return self._otherwise(input, hx)
+        is_torchs = not self._is_own and self._frozen is None
         if _compiles():
-            return self._base.forward(self, input, hx)
-        name: Any = self._cell_name
-        p, cell = self._parameters, _LAYERS.get(name)
-        if hx is not None and cell is not None and p.keys() == _CELL_WEIGHTS and not _autocast() and (cell != _LSTM or _is_pair(hx)):
-            h, c = hx if cell == _LSTM else (hx, None)
-            out = _cell(cell, input, h, c, (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]))
-            if out is not None:
-                return out if cell == _LSTM else out[0]
-        return self._as_torch(input, hx)
-
-    @_eager
-    def _otherwise(self, input: Any, hx: Any) -> Any:
-        """Of a frozen cell, and of what torch has not."""
-        if _compiles():
-            torch._dynamo.graph_break()
+            return self._base.forward(self, input, hx) if is_torchs else self._between_graphs(input, hx)
+        if is_torchs:
+            name: Any = self._cell_name
+            p, cell = self._parameters, _LAYERS.get(name)
+            if hx is not None and cell is not None and p.keys() == _CELL_WEIGHTS and not _autocast() and (cell != _LSTM or _is_pair(hx)):
+                h, c = hx if cell == _LSTM else (hx, None)
+                out = _cell(cell, input, h, c, (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]))
+                if out is not None:
+                    return out if cell == _LSTM else out[0]
+            return self._as_torch(input, hx)
         if isinstance(input, torch.fx.Proxy):
             return self._as_torch(input, hx)
         frozen = self._frozen
@@ -1184,6 +1177,12 @@ class _Step(_Ours, nn.RNNCellBase):
             if frozen.is_for_twin(input):
                 return frozen.twin.forward(input, hx)
         return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
+
+    @_eager
+    def _between_graphs(self, input: Any, hx: Any) -> Any:
+        if _compiles():
+            torch._dynamo.graph_break()
+        return self.forward(input, hx)
 
 
 class LSTMCell(_Step, nn.LSTMCell):
