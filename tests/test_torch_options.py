@@ -1,9 +1,13 @@
 """What rnnfast.torch has and torch has not: snapshots for inference, peepholes, reset-before, resets, learned and per-step states."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -466,6 +470,27 @@ def test_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> 
     finally:
         torch.set_num_threads(before)
     assert used[1] < 0.1 * used[2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or len(os.sched_getaffinity(0)) < 2, reason="counts a process's threads, on Linux")
+@pytest.mark.parametrize("kind", ["", "peephole=True"])
+def test_torchs_number_of_threads_outranks_its_environments(kind: str) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1; scripts then ask for more."""
+    script = f"""
+import os, torch, rnnfast.torch as fast
+m, x, counts = fast.LSTM(64, 64, {kind}).requires_grad_(False), torch.ones(8, 32, 64), []
+for n in (1, 2):
+    torch.set_num_threads(n)
+    for _ in range(20):
+        m(x)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(counts[1] - counts[0])
+"""
+    for own, more in ((None, "1"), ("1", "0")):  # RNNFAST_NUM_THREADS bounds all
+        environment = {key: value for key, value in os.environ.items() if key != "RNNFAST_NUM_THREADS"} | {"OMP_NUM_THREADS": "1"}
+        environment |= {} if own is None else {"RNNFAST_NUM_THREADS": own}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment)
+        assert done.stdout.split() == [more]
 
 
 def test_what_own_layers_cannot_do_is_said() -> None:
