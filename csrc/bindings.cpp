@@ -299,12 +299,14 @@ struct Checker {
 
 constexpr int ALL = 1 << 16;  // threads: as many as thread_count says
 
+int threads_of(int most) { return most == ALL ? thread_count() : threads_for(most); }
+
 struct Plan {
   int workers, row_groups;
 };
 
 Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
-  const int threads = std::min(thread_count(), most);
+  const int threads = threads_of(most);
   const double step =
       2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
   const double all =
@@ -413,7 +415,7 @@ void run_together(std::vector<Call>& calls) {
   Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
-  if (p.row_groups > 1 || std::min(thread_count(), a.most) == 1 || work < 1e5) {
+  if (p.row_groups > 1 || threads_of(a.most) == 1 || work < 1e5) {
     a.run();
     b.run();
     return;

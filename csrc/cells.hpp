@@ -1,7 +1,7 @@
 // The equations: one unit, one time step, forward and backward, each written once for every number type and device.
 //
 // V is a number: a SIMD register in the CPU kernels, a float on a GPU, a dual number or an integer in the tests.
-// M is the mathematics: M::sigmoid, M::tanh, M::relu(x) = max(x, 0), M::where_positive(x, v) = v where x > 0, else 0.
+// M is the mathematics: M::sigmoid, M::tanh, M::relu(x) = max(x, 0), M::where_positive(x, v) = 0 where x <= 0, else v.
 //
 //   a[PRE]      pre-activations, in the cell's own slot order   da[PRE]   their gradients
 //   p[PEEP]     per-unit weights (peepholes i f o)
@@ -41,7 +41,7 @@ struct Relu {
   }
   template <class M, class V>
   RNNFAST_CELL V times_slope(V h, V dh) {
-    return M::where_positive(h, dh);  // da = dh [h > 0]
+    return M::where_positive(h, dh);  // da = dh [h > 0], and dh where h is NaN
   }
 };
 struct Sigmoid {

@@ -186,7 +186,7 @@ int positive(const char* name) {
   return n > 0 ? n : 0;
 }
 
-std::atomic<int> wanted{0};
+std::atomic<int> wanted{0}, bound{0};
 
 }  // namespace
 
@@ -212,6 +212,7 @@ int thread_count() {
   int n = wanted.load();
   if (n > 0) return n;
   n = positive("RNNFAST_NUM_THREADS");
+  bound.store(n > 0 ? n : hardware_threads());
   if (n == 0) n = positive("OMP_NUM_THREADS");
   if (n == 0) n = hardware_threads();
   wanted.store(n);
@@ -221,9 +222,18 @@ int thread_count() {
 bool cores_are_busy() { return now() < busy_until.load(std::memory_order_relaxed); }
 bool cores_are_taken() { return now() < taken_until.load(std::memory_order_relaxed); }
 
-void set_thread_count(int n) { wanted.store(n > 0 ? n : 0); }
+int threads_for(int asked) {
+  thread_count();  // has read the environment
+  return std::min(asked, bound.load());
+}
+
+void set_thread_count(int n) {
+  if (n > 0) bound.store(n);
+  wanted.store(n > 0 ? n : 0);
+}
 
 void lend_threads(OpenMP team) {
+  the_team();  // a fork's child must forget the loan even where its parent never ran on it
   lent = team;
   is_lent.store(team.parallel != nullptr, std::memory_order_release);
 }

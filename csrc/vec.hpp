@@ -344,8 +344,8 @@ struct Maths {
     }
     return x < all<T>(0) ? -t : t;
   }
-  static RNNFAST_INLINE V relu(V x) { return x < all<T>(0) ? all<T>(0) : x; }  // NaN stays NaN
-  static RNNFAST_INLINE V where_positive(V x, V v) { return x > all<T>(0) ? v : all<T>(0); }
+  static RNNFAST_INLINE V relu(V x) { return x < all<T>(0) ? all<T>(0) : x; }                  // NaN stays NaN
+  static RNNFAST_INLINE V where_positive(V x, V v) { return x <= all<T>(0) ? all<T>(0) : v; }  // where x is NaN, too
 };
 
 // Flushes denormals to 0 for as long as it lives, and then puts the thread's floating-point state back as it was: recurrent nets that decay

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -132,6 +133,28 @@ def test_a_relu_layer_and_cell_equal_aten() -> None:
     same(a, b, lambda m, v: m(v[0]), [torch.randn(4, 7)], 2e-5)
 
 
+@pytest.mark.parametrize("name", ["RNN", "RNNCell"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["module", "installed"])
+def test_what_is_not_a_number_passes_a_relu_both_ways(name: str, dtype: torch.dtype, way: str) -> None:
+    """Its gradient is 1 where the value is NaN, 0 at infinity below and at 0."""
+    theirs, ours = (m.to(dtype) for m in twins(name, 7, 10, **({"num_layers": 2} if name == "RNN" else {}), nonlinearity="relu"))
+    x = torch.randn(*((5, 3, 7) if name == "RNN" else (3, 7)), dtype=dtype)
+    x[..., 0, 1], x[-1, ..., 2] = torch.nan, -torch.inf
+    dy = torch.randn(*x.shape[:-1], 10, dtype=dtype)
+    found = []
+    for module in (theirs, theirs if way == "installed" else ours):
+        with fast.installed() if found and way == "installed" else contextlib.nullcontext():
+            module.zero_grad()
+            given = x.clone().requires_grad_()
+            y = flat(module(given))[0]
+            assert is_ours(y) == bool(found)
+            y.backward(dy)
+            found.append([y, given.grad, *(p.grad for p in module.parameters())])
+    assert found[0][0].isnan().any() and not found[0][-1].isnan().all()
+    torch.testing.assert_close(found[1], found[0], rtol=EPS[dtype], atol=EPS[dtype], equal_nan=True)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -173,10 +196,10 @@ def test_dropout_draws_torchs_masks(name: str, batch_first: bool, p: float) -> N
     assert torch.equal(b(torch.ones(4, 6, 3, dtype=torch.float64))[0], b(torch.ones(4, 6, 3, dtype=torch.float64))[0])
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
 def test_an_empty_batch_goes_through_both_ways(name: str) -> None:
-    a, b = twins(name, 3, 5, 2, bidirectional=True)
-    same(a, b, lambda m, v: m(v[0]), [torch.randn(4, 0, 3)], 0)
+    a, b = twins(name, 3, 5, **({"num_layers": 2, "bidirectional": True} if name in LAYERS else {}))
+    same(a, b, lambda m, v: m(v[0]), [torch.randn(*((4, 0, 3) if name in LAYERS else (0, 3)))], 0)
 
 
 def test_states_may_be_lists_aliases_views_or_strided() -> None:
@@ -200,6 +223,26 @@ def test_results_lie_in_memory_as_torchs(name: str) -> None:
                 y, *state = flat(m(x))
                 assert y.stride() == (10, 40, 1) and all(s.is_contiguous() for s in state)
                 y.transpose(0, 1).view(24, 10)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_nothing_given_is_written_to_and_parameters_are_tensors(name: str) -> None:
+    for m in (fast.convert({**LAYERS, **CELLS}[name][0](3, 5)), fast.compilable({**LAYERS, **CELLS}[name][0](3, 5))):
+        x, h = nn.Parameter(torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))), nn.Parameter(torch.randn(*((1, 2, 5) if name in LAYERS else (2, 5))))
+        given = [x, h, *m.parameters()]
+        before = [(t.detach().clone(), t._version) for t in given]
+        out = flat(m(x, (h, h) if name.startswith("LSTM") else h))
+        assert is_ours(out) or isinstance(m, fast.Compilable)
+        results = [t.detach().clone() for t in out]
+        sum(t.sum() for t in out).backward()  # type: ignore[union-attr]
+        assert all(torch.equal(t, old) and t._version == version for t, (old, version) in zip(given, before))
+        assert all(torch.equal(a, b) for a, b in zip(out, results))
+        with torch.no_grad():
+            parts = flat(m(x[:1] if name in LAYERS else x, (h, h) if name.startswith("LSTM") else h))
+            for i, part in enumerate(parts):  # each in memory of its own
+                part.fill_(i + 7)
+            assert all((part == i + 7).all() for i, part in enumerate(parts))
+        assert all(torch.equal(t, old) for t, (old, _) in zip(given, before))
 
 
 def test_results_may_be_written_to_before_backward() -> None:
@@ -338,6 +381,9 @@ ERRORS: dict[str, Callable[[Any], Any]] = {
     "hidden size": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 6)),
     "cell state size": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))),
     "hidden dims": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), (torch.zeros(2, 5), torch.zeros(2, 5))),
+    "hidden device": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5, device="meta")),
+    "a batch's state for one row": lambda n: n.GRU(3, 5)(torch.zeros(4, 3), torch.zeros(1, 1, 5)),
+    "one row's state for a batch": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 5)),
     "hidden dtype": lambda n: n.GRU(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5, dtype=torch.float64)),
     "one tensor for two states": lambda n: n.LSTM(3, 5)(torch.zeros(4, 2, 3), torch.zeros(2, 1, 2, 5)),
     "one tensor for a cell's states": lambda n: n.LSTMCell(3, 5)(torch.zeros(2, 3), torch.zeros(2, 2, 5)),
@@ -361,9 +407,31 @@ def test_errors_are_torchs(case: str) -> None:
     with pytest.raises(type(theirs.value)) as ours:
         ERRORS[case](fast)
     assert str(ours.value) == str(theirs.value)
-    with fast.installed(), pytest.raises(type(theirs.value)) as installed:
-        ERRORS[case](nn)
-    assert str(installed.value) == str(theirs.value)
+    for aten in (False, True):
+        with fast.installed(aten), pytest.raises(type(theirs.value)) as installed:
+            ERRORS[case](nn)
+        assert str(installed.value) == str(theirs.value)
+
+
+PLACES = {"LSTM": (2, False, True, 0.5, True, 4, None, torch.float64), "RNN": (2, "relu", False, True, 0.5, True, 0, None, torch.float64)}
+PLACES |= {"GRU": (2, False, True, 0.5, True, 0, None, torch.float64), "RNNCell": (False, "relu", None, torch.float64)}
+PLACES |= {"LSTMCell": (False, None, torch.float64), "GRUCell": (False, None, torch.float64)}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_constructors_take_torchs_places_and_draw_its_numbers(name: str) -> None:
+    found = []
+    for make in {**LAYERS, **CELLS}[name]:
+        torch.manual_seed(2)
+        m = make(3, 5, *PLACES[name])
+        found.append((repr(m), [(key, p) for key, p in m.named_parameters()], torch.rand(1)))
+        if name in CELLS:
+            skipped = nn.utils.skip_init(make, 3, 5, dtype=torch.float64)
+            assert skipped.weight_hh.dtype == torch.float64 and skipped.weight_hh.device.type == "cpu"
+    assert found[0][0] == found[1][0] and torch.equal(found[0][2], found[1][2])
+    for (a, p), (b, q) in zip(found[0][1], found[1][1], strict=True):
+        assert a == b and torch.equal(p, q) and p.dtype == q.dtype == torch.float64
+    assert repr(fast.RNNCell(10, 20, "relu")) == repr(nn.RNNCell(10, 20, "relu"))  # nothing is validated
 
 
 # ---- as a module -------------------------------------------------------------------------------------------------------------------------
@@ -384,7 +452,7 @@ def test_modules_survive_copies_pickles_and_state_dicts(name: str) -> None:
     assert list(plain.state_dict()) == list(m.state_dict()) and repr(plain) == repr(m)
     plain.load_state_dict(m.state_dict())
     m.load_state_dict(plain.state_dict())
-    assert isinstance(m, theirs)
+    assert isinstance(m, theirs) and not isinstance(plain, ours)
 
 
 def test_conversion_keeps_parameters_and_hooks_both_ways() -> None:
@@ -397,6 +465,25 @@ def test_conversion_keeps_parameters_and_hooks_both_ways() -> None:
     assert is_ours(model["a"](torch.zeros(2, 2, 3))) and calls == [1]
     fast.to_torch(model)
     assert type(model["a"]) is nn.LSTM and not is_ours(model["a"](torch.zeros(2, 2, 3)))
+
+
+def test_conversion_finds_what_a_parametrization_has_given_a_class() -> None:
+    m, x = nn.Sequential(nn.LSTM(3, 5), nn.GRU(5, 5)), torch.randn(4, 2, 3)
+    for layer in m:
+        parametrizations.weight_norm(layer, "weight_hh_l0")
+    expected, twin = m[0](x)[0], copy.deepcopy(nn.utils.parametrizations.weight_norm(nn.LSTM(3, 5), "weight_hh_l0"))
+    fast.convert(m)
+    fast.convert(twin)
+    assert isinstance(m[0], fast.LSTM) and isinstance(m[1], fast.GRU) and isinstance(twin, fast.LSTM)
+    y = m[0](x)[0]
+    assert is_ours(y) and is_ours(twin(x))
+    torch.testing.assert_close(y, expected, rtol=2e-5, atol=2e-5)
+    torch.nn.utils.parametrize.remove_parametrizations(m[0], "weight_hh_l0")
+    assert type(m[0]) is fast.LSTM
+    fast.to_torch(m)
+    assert type(m[0]) is nn.LSTM and not isinstance(m[1], fast.GRU) and not is_ours(m[1](y.detach()))
+    torch.nn.utils.parametrize.remove_parametrizations(m[1], "weight_hh_l0")
+    assert type(m[1]) is nn.GRU
 
 
 def test_installation_covers_old_models_and_ends() -> None:
@@ -545,7 +632,7 @@ def test_inference_mode_checkpoints_and_threads() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
-def test_aten_operations_can_be_taken_and_given_back(name: str) -> None:
+def test_aten_operations_can_be_taken_and_given_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     m = {**LAYERS, **CELLS}[name][0](3, 5, dtype=torch.float64)
     x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)), dtype=torch.float64)
     scripted = torch.jit.script(nn.Sequential(m))  # overloads of forward are for other scripts
@@ -554,8 +641,11 @@ def test_aten_operations_can_be_taken_and_given_back(name: str) -> None:
     with fast.installed(aten=True):
         after = flat(scripted(x))
         assert is_ours(after)
-        with torch.inference_mode():
+        calls, stack = [], fast._core.stack_forward
+        with torch.inference_mode(), monkeypatch.context() as patched:
+            patched.setattr(fast._core, "stack_forward", lambda *args: calls.append(1) or stack(*args))
             flat(scripted(x))
+        assert len(calls) == 1
         y = x.clone().requires_grad_()
         assert torch.autograd.gradgradcheck(lambda v: flat(m(v))[0], (y,), nondet_tol=0.0)
         if name in LAYERS:
@@ -736,7 +826,8 @@ def test_compilable_modules_keep_names_hooks_and_attributes() -> None:
     fast.compilable(model)
     assert isinstance(model.a, fast.Compilable) and model.a is model.b and list(model.state_dict()) == keys
     torch.testing.assert_close(model(x), before, rtol=2e-5, atol=2e-5)
-    assert len(calls) == 4
+    found = [p for each in model.a.all_weights for p in each]
+    assert len(calls) == 4 and all(p is getattr(model.a, name) for name, p in zip(model.a.names, found, strict=True))
     handle.remove()
     with torch.no_grad():
         model.a.weight_hh_l0_g *= 2
@@ -764,3 +855,27 @@ def test_dataloader_workers_by_fork() -> None:
     loader = torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2, multiprocessing_context="fork")
     for i, row in enumerate(loader):
         assert torch.equal(row[0], rows[i])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("began", [False, True])
+def test_a_forks_child_computes_on_threads_of_its_own(began: bool) -> None:
+    """torch's OpenMP threads are not in it, and waiting for them would never end."""
+    script = f"""
+import os, torch, rnnfast.torch as fast
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()
+m, x = fast.LSTM(64, 64).requires_grad_(False), torch.ones(50, 32, 64)
+if {began}:
+    m(x)
+child = os.fork()
+if child == 0:
+    for _ in range(10):
+        m(x)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env={**os.environ, "RNNFAST_NUM_THREADS": "2"}
+    )
+    assert done.stdout.split() == ["0"]

@@ -1,9 +1,13 @@
 """What rnnfast.torch has and torch has not: snapshots for inference, peepholes, reset-before, resets, learned and per-step states."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +126,7 @@ def test_copies_pickles_and_state_dicts_hold_nothing_of_a_snapshot(name: str) ->
     fast.freeze(model)
     assert list(model.state_dict()) == keys and len(pickle.dumps(model)) < size + 100  # the attribute's name and None
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copy.copy(model)._frozen is None and model._frozen is not None
         with torch.no_grad():
             assert twin._frozen is None and not twin.training
             for p in twin.parameters():
@@ -281,6 +286,21 @@ def test_own_cells_are_single_steps_of_own_layers(kind: str) -> None:
         fast.to_torch(cell)
 
 
+@pytest.mark.parametrize("kind", CELLS_OF)
+def test_own_cells_states_can_be_detached_in_place(kind: str) -> None:
+    """As truncated backpropagation does."""
+    found = []
+    for detach in (Tensor.detach, Tensor.detach_):
+        torch.manual_seed(0)
+        cell, state = CELLS_OF[kind][0](), None
+        for x in torch.ones(3, 2, 3, dtype=F64):
+            state = cell(x, state)
+            sum(t.square().sum() for t in flat(state)).backward()  # type: ignore[union-attr]
+            state = tuple(map(detach, state)) if isinstance(state, tuple) else detach(state)
+        found.append([*flat(state), *(p.grad for p in cell.parameters())])
+    close(*found, 0)
+
+
 def test_options_of_cells_change_nothing_unless_given() -> None:
     for theirs, ours in ((nn.LSTMCell, fast.LSTMCell), (nn.GRUCell, fast.GRUCell)):
         torch.manual_seed(3)
@@ -298,6 +318,7 @@ def test_options_of_cells_change_nothing_unless_given() -> None:
         fast.LSTMCell(3, 5, False, forget_bias=1)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
 def test_own_layers_run_beside_compiled_graphs() -> None:
     for m in (fast.LSTM(3, 3, peephole=True), fast.LSTMCell(3, 3, peephole=True)):
         model = nn.Sequential(nn.Linear(3, 3), m)
@@ -420,14 +441,17 @@ def test_own_layers_are_modules(kind: str) -> None:
     close(m(x[:, :0]), [t[:, :0] for t in before])
 
 
-def test_own_and_frozen_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> None:
+def test_calls_follow_torchs_threads(set_num_threads: Callable[[int], None]) -> None:
     """By the processor time that anybody but the caller has used."""
     set_num_threads(2)
     m, frozen = fast.LSTM(64, 64, 2, peephole=True), fast.freeze(fast.GRU(64, 64))
+    others = fast.LSTM(64, 64), fast.compilable(nn.GRU(64, 64)), fast.LSTM(64, 64).bfloat16()
     x, h = torch.randn(40, 32, 64), torch.zeros(1, 32, 64)
 
     def run() -> None:
         m(x, reset=torch.zeros(40, 32, dtype=torch.bool))[0].sum().backward()
+        for other in others:
+            other(x.to(next(other.parameters()).dtype))[0].sum().backward()
         with torch.no_grad():
             for steps in (1, 12, 12, 12):
                 frozen(x[:steps], h)
@@ -448,6 +472,27 @@ def test_own_and_frozen_calls_follow_torchs_threads(set_num_threads: Callable[[i
     assert used[1] < 0.1 * used[2]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or len(os.sched_getaffinity(0)) < 2, reason="counts a process's threads, on Linux")
+@pytest.mark.parametrize("kind", ["", "peephole=True"])
+def test_torchs_number_of_threads_outranks_its_environments(kind: str) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1; scripts then ask for more."""
+    script = f"""
+import os, torch, rnnfast.torch as fast
+m, x, counts = fast.LSTM(64, 64, {kind}).requires_grad_(False), torch.ones(8, 32, 64), []
+for n in (1, 2):
+    torch.set_num_threads(n)
+    for _ in range(20):
+        m(x)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(counts[1] - counts[0])
+"""
+    for own, more in ((None, "1"), ("1", "0")):  # RNNFAST_NUM_THREADS bounds all
+        environment = {key: value for key, value in os.environ.items() if key != "RNNFAST_NUM_THREADS"} | {"OMP_NUM_THREADS": "1"}
+        environment |= {} if own is None else {"RNNFAST_NUM_THREADS": own}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, env=environment)
+        assert done.stdout.split() == [more]
+
+
 def test_what_own_layers_cannot_do_is_said() -> None:
     m = fast.LSTM(3, 5, peephole=True)
     with pytest.raises(ValueError, match=r"torch has no LSTM\(3, 5, peephole=True\)"):
@@ -456,6 +501,8 @@ def test_what_own_layers_cannot_do_is_said() -> None:
         fast.compilable(nn.Sequential(m))
     with pytest.raises(RuntimeError, match="device"):
         fast.LSTM(3, 5, peephole=True, device="meta")(torch.zeros(4, 2, 3))
+    with pytest.raises(RuntimeError, match="LSTM: input, state and weights must be on the same device, got cpu, meta"):
+        torch.func.functional_call(m, {"weight_hh_l0": m.weight_hh_l0.to("meta")}, torch.zeros(4, 2, 3))
     with pytest.raises(RuntimeError, match="larger than 0"):
         m(torch.zeros(0, 2, 3))
     with pytest.raises(ValueError, match=r"reset must be bool of shape \(T, B\) = \(4, 2\)"):

@@ -54,7 +54,7 @@ def _dtanh(y: Array) -> Array:
 
 
 def _drelu(y: Array) -> Array:
-    return (y > 0).astype(y.dtype)  #                          dy/da = 1 if y > 0 else 0
+    return (~(y <= 0)).astype(y.dtype)  #                      dy/da = 0 if y <= 0 else 1: NaN lets the gradient pass
 
 
 def _didentity(y: Array) -> Array:

@@ -31,6 +31,7 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _core, functional
@@ -235,7 +236,7 @@ def _stack(
     grad, threads = _grads(), _threads()
     out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
     if out is None:
-        if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided:
+        if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.layout is not torch.strided:
             return None
         half = _half(x, h, c, weights)
         if half is not None and not _is_torchs(cell, x, batch_sizes, weights, batch_first, half):
@@ -250,7 +251,10 @@ def _stack(
             return None
     y, h_T, c_T, tape = out
     if tape is not None:
-        result = _into_graph(_Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None), out, x, h, c, *weights)
+        try:
+            result = _into_graph(_Call(cell, layers, D, batch_first, low, batch_sizes, h_T is None), out, x, h, c, *weights)
+        except RuntimeError:  # of what may not be kept for a backward, as inference mode's tensors: torch's own way may keep others
+            return None
         return result if type(result) is tuple else (result,)
     if h_T is None:
         return (y,) if c_T is None else (y, c_T)
@@ -319,14 +323,17 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         result = _TORCHS_STEPS[cell](x, h if c is None else (h, c), *weights)
         return result if c is not None else (result,)
-    if type(x) is not Tensor or x.dim() != 2 or not isinstance(h, Tensor):
+    if not isinstance(x, Tensor) or x.dim() != 2 or not isinstance(h, Tensor):
         return None
     if not low:
         out = _core.stack_forward(cell, 1, 1, False, False, _threads(), _grads(), x, None, h, c, weights)
         if out is not None:
             if out[3] is None:
                 return (out[0],) if c is None else (out[0], out[2])
-            result = _into_graph(_STEPS[cell], out, x, h, c, *weights)
+            try:
+                result = _into_graph(_STEPS[cell], out, x, h, c, *weights)
+            except RuntimeError:  # as in `_stack`
+                return None
             return result if c is not None else (result,)
     return _stack(cell, x, None, h, c, weights, 1, False, False, low)
 
@@ -340,7 +347,12 @@ def _by_torch(name: str, *args: Any, **named: Any) -> Any:
     """torch's own function: under install(aten=True), where nobody watches, straight the kernel behind the operation that we have taken over."""
     if _library is None or named or not _is_plain():
         return _ATEN[name](*args, **named)
-    return _composite(name, *args)
+    try:
+        return _composite(name, *args)
+    except RuntimeError as error:
+        if not str(error).startswith(f"aten::{name}("):
+            raise
+    return _ATEN[name](*args)  # arguments of no such kind: the words for it are to be torch._VF's
 
 
 def _composite(name: str, *args: Any) -> Any:
@@ -733,7 +745,7 @@ class _Standin:
         """One step of a cell: h or (h, c)."""
         paired = isinstance(hx, (tuple, list))
         _, *state = self.run(x[None], None, tuple(s[None] for s in hx) if paired else hx[None])
-        return tuple(s[0] for s in state) if paired else state[0][0]
+        return tuple(state) if paired else state[0]
 
     def run(self, x: Tensor, batch_sizes: Tensor | None, hx: Any) -> tuple[Tensor, ...]:
         """(y, h_T[, c_T]), as the functions of torch._VF."""
@@ -746,6 +758,9 @@ class _Standin:
         pairs = [] if self.frozen else self.weights()
         self.names, weights = [name for name, _ in pairs], [weight for _, weight in pairs]
         tensors += weights
+        if len({t.device for t in tensors}) > 1:
+            found = ", ".join(sorted({str(t.device) for t in tensors}))
+            raise RuntimeError(f"{type(m).__name__}: input, state and weights must be on the same device, got {found}")
         if not _is_plain() or any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
             return self._run(batch_sizes, paired, x, h, c, weights, False, plain=False)
         half = _half(x, h, c, weights)
@@ -788,6 +803,7 @@ class _Standin:
                 m._cell_name, x, h, c, dict(zip(self.names, weights)), L, D, batch_sizes, padded, reset, (), dropout,
             )  # fmt: skip
             out = (y, *((h_T, c_T) if paired else (h_T,)), *((cells.detach(),) if self.wants_cells else ()))
+            out = tuple(t[0] for t in out) if self.is_cell else out
         else:
             x, h, c, weights = _tidy(x, rows=True), _tidy(h), _tidy(c), [_tidy(w) for w in weights]
             masks = None
@@ -805,7 +821,7 @@ class _Standin:
             if _grads() and any(t is not None and t.requires_grad for t in given):
                 out = _Extended.apply(self, paired, *given)  # type: ignore[no-untyped-call]
             else:
-                out = tuple(torch.from_numpy(a) for a in self.forward(paired, given, tape=False)[0])
+                out = self.tensors(self.forward(paired, given, tape=False)[0])
         y, *rest = out
         if self.wants_cells:
             self.cells = rest.pop()
@@ -825,6 +841,10 @@ class _Standin:
         if tape:
             y = y.copy()  # the tape's own is read only
         return [y, *(state if paired else (state,)), *cells], kept
+
+    def tensors(self, arrays: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The arrays of one step without time, and as no views: those cannot be detached in place."""
+        return tuple(torch.from_numpy(a[0] if self.is_cell else a) for a in arrays)
 
     def differentiable_backward(self, paired: bool, saved: Sequence[Any], gradients: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
         """The gradients by torch's operations, run again from the start."""
@@ -848,10 +868,10 @@ class _Extended(torch.autograd.Function):
         ctx.call, ctx.paired = call, paired
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given)
-        out = tuple(torch.from_numpy(a) for a in arrays)
+        out = call.tensors(arrays)
         if call.wants_cells:
             ctx.mark_non_differentiable(out[-1])
-        ctx.shapes = [(t.shape, t.dtype) for t in out]
+        ctx.shapes = [(a.shape, t.dtype) for a, t in zip(arrays, out)]
         return out
 
     @staticmethod
@@ -860,6 +880,8 @@ class _Extended(torch.autograd.Function):
         states = 2 if ctx.paired else 1
         if all(d is None for d in gradients[: 1 + states]):
             return (None,) * (2 + len(saved))
+        if ctx.call.is_cell:
+            gradients = tuple(None if d is None else d[None] for d in gradients)
         if _grads() or not _is_plain():
             return (None, None, *ctx.call.differentiable_backward(ctx.paired, saved, gradients, ctx.needs_input_grad[2:]))
         dy, *dstate = (
@@ -958,6 +980,10 @@ class _Ours(nn.Module):
         given = {name: getattr(self, name, default) for name, default in options.items()}
         return super().extra_repr() + "".join(f", {name}={value}" for name, value in given.items() if value != options[name])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._frozen = None
+
     def train(self, mode: bool = True) -> Any:
         if mode:
             self._frozen = None
@@ -990,7 +1016,7 @@ class _Layer(_Ours, nn.RNNBase):
         if own:
             reset, cells = own.pop("reset", None), own.pop("cells", False)
             for name in own:
-                raise TypeError(f"{self.mode}.forward() got an unexpected keyword argument '{name}'")
+                raise TypeError(f"{self._base.__name__}.forward() got an unexpected keyword argument '{name}'")
         is_torchs = not self._is_own and self._frozen is None and reset is None and not cells
         if _compiles():
             if is_torchs:
@@ -1125,13 +1151,10 @@ _CELL_WEIGHTS = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
 class _Step(_Ours, nn.RNNCellBase):
     """What the three cells share beyond torch."""
 
-    @_eager
     def forward(self, input: Any, hx: Any = None) -> Any:
         is_torchs = not self._is_own and self._frozen is None
         if _compiles():
-            if is_torchs:
-                return self._base.forward(self, input, hx)
-            torch._dynamo.graph_break()
+            return self._base.forward(self, input, hx) if is_torchs else self._between_graphs(input, hx)
         if is_torchs:
             name: Any = self._cell_name
             p, cell = self._parameters, _LAYERS.get(name)
@@ -1155,6 +1178,12 @@ class _Step(_Ours, nn.RNNCellBase):
                 return frozen.twin.forward(input, hx)
         return _forwards_by_standin[self._base](_Standin(self, ()), input, hx)
 
+    @_eager
+    def _between_graphs(self, input: Any, hx: Any) -> Any:
+        if _compiles():
+            torch._dynamo.graph_break()
+        return self.forward(input, hx)
+
 
 class LSTMCell(_Step, nn.LSTMCell):
     """torch.nn.LSTMCell on our kernels; peephole (weight_peep (3, H)) and forget_bias as of `LSTM`.
@@ -1167,8 +1196,11 @@ class LSTMCell(_Step, nn.LSTMCell):
     _base = nn.LSTMCell
     peephole = False
 
-    def __init__(self, *args: Any, peephole: bool = False, forget_bias: float = 0.0, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *, peephole: bool = False,
+        forget_bias: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(input_size, hidden_size, bias, device, dtype)
         self.peephole = bool(peephole)
         self._extend({"weight_peep": (3, self.hidden_size)} if peephole else {}, forget_bias)
 
@@ -1183,8 +1215,8 @@ class GRUCell(_Step, nn.GRUCell):
     _base = nn.GRUCell
     reset_after = True
 
-    def __init__(self, *args: Any, reset_after: bool = True, **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *, reset_after: bool = True) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
         self.reset_after = bool(reset_after)
         self._is_own = not reset_after
 
@@ -1209,6 +1241,16 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+def _give_classes(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    """To every module of a model that of its class; the class that a parametrization made of one becomes the same of the other."""
+    for module in model.modules():
+        own = type(module)
+        if parametrize.is_parametrized(module) and own.__base__ in classes:
+            module.__class__ = type(own.__name__, (classes[own.__base__],), dict(vars(own)))
+        else:
+            module.__class__ = classes.get(own, own)
+
+
 def convert(model: _Model) -> _Model:
     """Gives every torch.nn recurrent module of a model, the model itself too, our class: in place, parameters and hooks untouched.
 
@@ -1218,8 +1260,7 @@ def convert(model: _Model) -> _Model:
     >>> type(convert(nn.Sequential(nn.GRU(3, 4)))[0]) is GRU
     True
     """
-    for module in model.modules():
-        module.__class__ = _TWINS.get(type(module), type(module))
+    _give_classes(model, _TWINS)
     return model
 
 
@@ -1229,12 +1270,10 @@ def to_torch(model: _Model) -> _Model:
     >>> type(to_torch(nn.Sequential(GRU(3, 4)))[0]) is nn.GRU
     True
     """
-    ours = {twin: base for base, twin in _TWINS.items()}
     for module in model.modules():
         if isinstance(module, _Ours) and module._is_own:
             raise ValueError(f"to_torch: torch has no {module}")
-    for module in unfreeze(model).modules():
-        module.__class__ = ours.get(type(module), type(module))
+    _give_classes(unfreeze(model), {twin: base for base, twin in _TWINS.items()})
     return model
 
 
@@ -1417,7 +1456,7 @@ class Compilable(nn.Module):
         cell_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
         self.names = list(cell_names if self.is_cell else self._flat_weights_names)
 
-    reset_parameters = nn.RNNBase.reset_parameters
+    reset_parameters, all_weights = nn.RNNBase.reset_parameters, nn.RNNBase.all_weights
 
     def flatten_parameters(self) -> None:
         """As torch's layers have it, nothing here."""

@@ -6,8 +6,8 @@ namespace {
 struct Mathematics {
   __device__ static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
   __device__ static float tanh(float x) { return tanhf(x); }
-  __device__ static float relu(float x) { return fmaxf(x, 0.0f); }
-  __device__ static float where_positive(float x, float v) { return x > 0.0f ? v : 0.0f; }
+  __device__ static float relu(float x) { return x < 0.0f ? 0.0f : x; }
+  __device__ static float where_positive(float x, float v) { return x <= 0.0f ? 0.0f : v; }
 };
 
 template <class Cell>
