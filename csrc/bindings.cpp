@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -326,6 +328,18 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   return {1, 1};
 }
 
+// Does the last cache hold a job's weights and their gradients? Where not, the gradients of few tokens, which are written and not read, are
+// better off in memory.
+bool fits_cache(CellKind kind, Dtype dtype, const Job& j) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+  static const long told = 0;
+#endif
+  const int64_t cache = told > 0 ? told : 32 << 20, item = dtype == FLOAT32 ? 4 : 8;
+  return 2 * item * gates(kind) * j.H * (j.I + j.R * j.taps) <= cache;
+}
+
 // Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of
 // sharing.
 class Packs {
@@ -384,6 +398,7 @@ struct Call {
     Call& c = *static_cast<Call*>(data);
     if (count == 1) c.row_groups = 1;
     c.scratch = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
+    c.job.around = c.backward && c.job.start[c.job.T] <= 8 && !fits_cache(c.kind, c.dtype, c.job);
     if (c.backward) return;
     const int units = count / c.row_groups;
     c.job.kept = c.snapshot != nullptr;

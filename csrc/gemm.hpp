@@ -316,19 +316,19 @@ void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* fir
   constexpr int L = LANES<T>;
   Reg<T> acc[MR], square[L];
   const auto add = [&](int64_t k, int count) {
-    transpose<T>(square);
     for (int i = 0; i < count; ++i)
       for (int r = 0; r < MR; ++r) acc[r] = fma<T>(all(a[r][k + i]), square[i], acc[r]);
   };
   const auto part = [&](int64_t k, int64_t count) {
     for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(w + lane * K + k, static_cast<int>(count)) : all(T(0));
+    transpose<T>(square);
     add(k, static_cast<int>(count));
   };
   for (int r = 0; r < MR; ++r) acc[r] = load(first ? first : c[r] + c_at);
   int64_t k = valid == L ? to_alignment(w, K) : 0;
   if (k > 0) part(0, k);
   for (; valid == L && k + L <= K; k += L) {
-    for (int lane = 0; lane < L; ++lane) square[lane] = load(w + lane * K + k);
+    load_transposed(w + k, K, square);
     add(k, L);
   }
   for (; k < K; k += L) part(k, least(L, K - k));
@@ -338,7 +338,7 @@ void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* fir
 // N registers of combine_rows' columns from j on, the last of them with `count` lanes.
 template <class T, int MR, int N>
 RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t j, int count, bool fresh,
-                                    T* const* c) {
+                                    bool around, T* const* c) {
   constexpr int L = LANES<T>;
   Reg<T> acc[MR][N], held[N];
   if (fresh) {
@@ -357,21 +357,22 @@ RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, 
     }
   }
   for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < N; ++v) store(c[r] + j + v * L, acc[r][v], v == N - 1 ? count : L);
+    for (int v = 0; v < N; ++v)
+      around ? store_around(c[r] + j + v * L, acc[r][v]) : store(c[r] + j + v * L, acc[r][v], v == N - 1 ? count : L);
 }
 
 // c[r][0 .. width) += Σ_k a[r][k·step]·row[k][0 .. width) over K rows, or = where `fresh`. Stores are aligned, since weights' gradients
-// are hardly anything else.
+// are hardly anything else; where `around`, and every row is aligned alike, they go around the caches.
 template <class T, int MR>
-void combine_rows(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, T* const* c) {
+void combine_rows(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, bool around, T* const* c) {
   constexpr int L = LANES<T>, N = MR * MAX_NV <= REGISTERS / 2 ? MAX_NV : 2;
   const T* from[MR];
   T* to[MR];
   for (int r = 0; r < MR; ++r) from[r] = a[r], to[r] = c[r];
   int64_t j = least(to_alignment(c[0]), width);
-  if (j > 0) combine_columns<T, MR, 1>(from, step, K, row, 0, static_cast<int>(j), fresh, to);
-  for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, to);
-  for (; j < width; j += L) combine_columns<T, MR, 1>(from, step, K, row, j, static_cast<int>(least(L, width - j)), fresh, to);
+  if (j > 0) combine_columns<T, MR, 1>(from, step, K, row, 0, static_cast<int>(j), fresh, false, to);
+  for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, around && width % L == 0, to);
+  for (; j < width; j += L) combine_columns<T, MR, 1>(from, step, K, row, j, static_cast<int>(least(L, width - j)), fresh, false, to);
 }
 
 template <class T, int... MR>
@@ -381,7 +382,8 @@ struct FewGates {
 template <class T, int... MR>
 struct CombineRows {
   static constexpr int MOST = sizeof...(MR);
-  static constexpr void (*of[])(const T* const*, int64_t, int64_t, const T* const*, int64_t, bool, T* const*) = {combine_rows<T, MR>...};
+  static constexpr void (*of[])(const T* const*, int64_t, int64_t, const T* const*, int64_t, bool, bool,
+                                T* const*) = {combine_rows<T, MR>...};
 };
 
 // These two for `rows` rows of C.
@@ -390,12 +392,14 @@ void few_gates(int64_t rows, const T* const* a, int64_t K, const T* w, int valid
   FewGates<T, 1, 2, 3, 4, 5, 6, 7, 8>::of[rows - 1](a, K, w, valid, first, c, c_at);
 }
 template <class T>
-void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, T* const* c) {
+void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, bool around,
+                  T* const* c) {
   using Tiles = CombineRows<T, 1, 2, 3, 4>;
   for (int64_t r = 0, n; r < rows; r += n) {
     n = least(Tiles::MOST, rows - r);
-    Tiles::of[n - 1](a + r, step, K, row, width, fresh, c + r);
+    Tiles::of[n - 1](a + r, step, K, row, width, fresh, around, c + r);
   }
+  if (around) fence();
 }
 
 // Columns [m0, m1) of the matrix of K rows whose row k is from + k·pitch, as [m / PACKED_ROWS][element][m % PACKED_ROWS]: A of a product

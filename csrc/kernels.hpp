@@ -66,6 +66,7 @@ struct Job {
   void* dreset_c;    // (events, H)
   void *dw_ih, *dw_hh, *db_ih, *db_hh, *dpeep, *dw_hr, *db_hr;
   bool overwrite;  // the parameters' gradients are written, not added to; where there is no token, not touched
+  bool around;     // few tokens' gradients are written around the caches, since these cannot hold them
 };
 
 // One of the threads that carry out a job together; each calls the kernel with its own.

@@ -759,7 +759,7 @@ struct Sequence {
       const int64_t block = most(8, least(n, 32));
       for (int64_t k = 0; k < K; k += block) {
         for (int64_t r = 0; r < n; ++r) a[r] = f.from[r] + k;
-        combine_rows(n, a, 1, least(block, K - k), f.line + k, c.width, first && k == 0, to);
+        combine_rows(n, a, 1, least(block, K - k), f.line + k, c.width, first && k == 0, false, to);
       }
       return;
     }
@@ -881,7 +881,7 @@ struct Sequence {
     if (multiply.few(tokens, COMBINED_ROWS)) {
       const T* row[COMBINED_ROWS];
       operand_rows(f, operand, t0, t1, row);
-      return combine_rows(end - begin, f.from, step, tokens, row, width, fresh, f.to);
+      return combine_rows(end - begin, f.from, step, tokens, row, width, fresh, fresh && j.around, f.to);
     }
     const Panels<T> p(width, 1, elements(tokens));
     const T* const first = fresh ? f.zeros : nullptr;

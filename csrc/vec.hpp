@@ -133,6 +133,24 @@ RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
 #endif
 }
 
+// A whole, aligned register that goes to memory around the caches: what it overwrites is not read first, and what they hold stays. Before
+// another thread may read it there must be a fence.
+template <class T>
+RNNFAST_INLINE void store_around(T* p, Reg<T> v) {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif !defined(RNNFAST_SCALAR) && defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#else
+  store(p, v);
+#endif
+}
+RNNFAST_INLINE void fence() {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Within every 128 bits of a and b: the lower halves' numbers in turn, a b a b, or the upper halves'; one instruction each.
 template <class T>
 RNNFAST_INLINE Reg<T> interleave_low(Reg<T> a, Reg<T> b) {
@@ -177,20 +195,26 @@ RNNFAST_INLINE Reg<T> odd_blocks(Reg<T> a, Reg<T> b) {
   if constexpr (REGISTER_BYTES == 64) return (Reg<T>)__builtin_shufflevector((Wide)a, (Wide)b, 2, 3, 6, 7, 10, 11, 14, 15);
   return b;
 }
-// r[i] lane k becomes r[k] lane i: neighbouring registers in squares of 128 bits, and then these squares as the elements of a matrix. Each
-// round puts what a number's last index bit tells apart into two halves, or the other way round; as many rounds as bits make a transpose.
-template <class T>
-RNNFAST_INLINE void transpose(Reg<T>* r) {
-  constexpr int L = LANES<T>, Q = L == 1 ? 1 : 16 / static_cast<int>(sizeof(T)), SQUARES = L / Q;
-  Reg<T> s[L];
+// In N registers, each run of as many as 128 bits hold numbers becomes the transposes of its squares of 128 bits.
+template <class T, int N>
+RNNFAST_INLINE void transpose_squares(Reg<T>* r) {
+  constexpr int Q = LANES<T> == 1 ? 1 : 16 / static_cast<int>(sizeof(T));
+  Reg<T> s[N];
   for (int round = 1; round < Q; round *= 2) {
-    for (int q = 0; q < L; q += Q)
+    for (int q = 0; q < N; q += Q)
       for (int i = 0; i < Q / 2; ++i) {
         s[q + 2 * i] = interleave_low<T>(r[q + i], r[q + i + Q / 2]);
         s[q + 2 * i + 1] = interleave_high<T>(r[q + i], r[q + i + Q / 2]);
       }
-    for (int i = 0; i < L; ++i) r[i] = s[i];
+    for (int i = 0; i < N; ++i) r[i] = s[i];
   }
+}
+// r[i] lane k becomes r[k] lane i: first within squares of 128 bits, then with these as the elements of a matrix.
+template <class T>
+RNNFAST_INLINE void transpose(Reg<T>* r) {
+  constexpr int L = LANES<T>, Q = L == 1 ? 1 : 16 / static_cast<int>(sizeof(T)), SQUARES = L / Q;
+  transpose_squares<T, L>(r);
+  Reg<T> s[L];
   for (int round = 1; round < SQUARES; round *= 2) {
     for (int q = 0; q < Q; ++q)
       for (int i = 0; i < SQUARES / 2; ++i) {
@@ -198,6 +222,30 @@ RNNFAST_INLINE void transpose(Reg<T>* r) {
         s[i * Q + q] = even_blocks<T>(a, b), s[(i + SQUARES / 2) * Q + q] = odd_blocks<T>(a, b);
       }
     for (int i = 0; i < L; ++i) r[i] = s[i];
+  }
+}
+
+// r[i] = numbers p[0 .. LANES)[i] of rows `pitch` apart: what loads and a transpose give, with fewer registers and shuffles where halves
+// of registers can be loaded.
+template <class T>
+RNNFAST_INLINE void load_transposed(const T* p, int64_t pitch, Reg<T>* r) {
+  if constexpr (LANES<T> == 16) {
+    typedef typename Vector<double, 4>::type Half;
+    for (int half = 0; half < 16; half += 8) {
+      Reg<T> rows[8];
+      for (int i = 0; i < 8; ++i) {  // squares of 4 rows side by side: from 0 and 4, and then from 8 and 12
+        const T* from = p + (i + i / 4 * 4) * pitch + half;
+        Half low, high;
+        memcpy(&low, from, sizeof low);
+        memcpy(&high, from + 4 * pitch, sizeof high);
+        rows[i] = (Reg<T>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+      }
+      transpose_squares<T, 8>(rows);
+      for (int i = 0; i < 4; ++i) r[half + i] = even_blocks<T>(rows[i], rows[4 + i]), r[half + 4 + i] = odd_blocks<T>(rows[i], rows[4 + i]);
+    }
+  } else {
+    for (int i = 0; i < LANES<T>; ++i) r[i] = load(p + i * pitch);
+    transpose<T>(r);
   }
 }
 
