@@ -6,8 +6,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -102,12 +100,14 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   Buffer take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> hold(lock_);
-      for (size_t i = free_.size(); i-- > 0;)  // the latest first: a cache may still hold it
-        if (Buffer& b = free_[i]; b.size() >= bytes && b.size() <= 4 * bytes + (1 << 16)) {
-          Buffer found = std::move(b);
-          free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
-          return found;
-        }
+      auto best = free_.end();
+      for (auto b = free_.begin(); b != free_.end(); ++b)  // the latest of the smallest: a cache may still hold it
+        if (b->size() >= bytes && b->size() <= 2 * bytes + (1 << 16) && (best == free_.end() || b->size() <= best->size())) best = b;
+      if (best != free_.end()) {
+        Buffer found = std::move(*best);
+        free_.erase(best);
+        return found;
+      }
     }
     return Buffer(bytes);
   }
@@ -329,15 +329,10 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
 }
 
 // Does the last cache hold a job's weights and their gradients? Where not, the gradients of few tokens, which are written and not read, are
-// better off in memory.
+// better off in memory. Operating systems tell of that cache what they like; this much is what a cluster of cores mostly shares.
 bool fits_cache(CellKind kind, Dtype dtype, const Job& j) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const long told = 0;
-#endif
-  const int64_t cache = told > 0 ? told : 32 << 20, item = dtype == FLOAT32 ? 4 : 8;
-  return 2 * item * gates(kind) * j.H * (j.I + j.R * j.taps) <= cache;
+  constexpr int64_t last_cache = 32 << 20;
+  return 2 * (dtype == FLOAT32 ? 4 : 8) * gates(kind) * j.H * (j.I + j.R * j.taps) <= last_cache;
 }
 
 // Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of
@@ -403,9 +398,9 @@ struct Call {
     const int units = count / c.row_groups;
     c.job.kept = c.snapshot != nullptr;
     if (c.snapshot) c.held = c.snapshot->find(units, c.job.compute);
-    if (c.held) {
-      c.job.packed = true;
-    } else if (c.snapshot) {
+    c.job.packed = c.held != nullptr;
+    if (c.held) return;
+    if (c.snapshot) {
       c.held = std::make_shared<Buffer>(kernels().packs_size(c.kind, c.dtype, c.job, count, c.row_groups));
     } else {
       c.packs = Pool::get().take(kernels().packs_size(c.kind, c.dtype, c.job, count, c.row_groups));
@@ -533,7 +528,7 @@ class Run {
   Run(CellKind kind_, const std::optional<std::string>& compute, int64_t taps, std::shared_ptr<const Layout> layout_,
       const py::dict& params, py::tuple names_, int64_t layer_)
       : layout(std::move(layout_)), names(std::move(names_)), layer(layer_), D(names.size()), jobs(D), check{kind_, {}} {
-    if (D < 1 || D > 2 || layer < 0) fail(check.who() + "a layer has a number from 0 on, and one direction or two");
+    if (D < 1 || D > 2 || layer < 0 || layer >= 1 << 20) fail(check.who() + "a layer has a number from 0 on, and one direction or two");
     kept_.reserve(7 * D + 6);
     for (size_t d = 0; d < D; ++d) {
       Job& j = jobs[d];
@@ -722,7 +717,13 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
         if (a) std::memset(a->mutable_data(), 0, static_cast<size_t>(a->nbytes()));
   }
   run.compute(jobs, true, most, {});
-  if (dx.size() == 2) add(run.dtype, dx[0]->mutable_data(), dx[1]->data(), dx[0]->size());
+  if (dx.size() == 2) {
+    void* const sum = dx[0]->mutable_data();
+    const void* const other = dx[1]->data();
+    const int64_t count = dx[0]->size();
+    const Unlocked unlocked;
+    add(run.dtype, sum, other, count);
+  }
   return py::make_tuple(dx.empty() ? py::object(py::none()) : py::object(*dx[0]), std::move(dresets));
 }
 
@@ -1463,7 +1464,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_readonly("ragged", &Layout::ragged)
       .def_property_readonly("tokens", &Layout::tokens);
   py::class_<Packs>(m, "Packs").def(py::init<>());
-  py::class_<Run>(m, "Run").def_property_readonly("tapes", [](const py::object& self) {
+  py::class_<Run>(m, "Run").def("check_kept", &Run::check_kept).def_property_readonly("tapes", [](const py::object& self) {
     const auto& run = self.cast<const Run&>();
     py::list tapes;
     for (size_t d = 0; d < run.D; ++d) tapes.append(py::array(run.check.dtype, {run.sizes[d]}, run.tapes[d].data(), self));

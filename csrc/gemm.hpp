@@ -361,22 +361,24 @@ RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, 
       around ? store_around(c[r] + j + v * L, acc[r][v]) : store(c[r] + j + v * L, acc[r][v], v == N - 1 ? count : L);
 }
 
-// c[r][0 .. width) += Σ_k a[r][k·step]·row[k][0 .. width) over K rows, or = where `fresh`. Stores are aligned, since weights' gradients
-// are hardly anything else; where `around`, and every row is aligned alike, they go around the caches.
+// c[r][0 .. width) += Σ_k a[r][k·step]·row[k][0 .. width) over K rows, or = where `fresh`. Stores begin where they are aligned, since
+// weights' gradients are hardly anything else; where `around`, and every row is aligned alike, they go around the caches.
 template <class T, int MR>
 void combine_rows(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t width, bool fresh, bool around, T* const* c) {
   constexpr int L = LANES<T>, N = MR * MAX_NV <= REGISTERS / 2 ? MAX_NV : 2;
   const T* from[MR];
   T* to[MR];
   for (int r = 0; r < MR; ++r) from[r] = a[r], to[r] = c[r];
+  const bool aligned = around && width % L == 0 && reinterpret_cast<uintptr_t>(c[0]) % sizeof(T) == 0;  // NumPy's need not be
   int64_t j = least(to_alignment(c[0]), width);
   if (j > 0) combine_columns<T, MR, 1>(from, step, K, row, 0, static_cast<int>(j), fresh, false, to);
-  for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, around && width % L == 0, to);
+  for (; j + N * L <= width; j += N * L) combine_columns<T, MR, N>(from, step, K, row, j, L, fresh, aligned, to);
   for (; j < width; j += L) combine_columns<T, MR, 1>(from, step, K, row, j, static_cast<int>(least(L, width - j)), fresh, false, to);
 }
 
 template <class T, int... MR>
 struct FewGates {
+  static_assert(sizeof...(MR) == GATE_ROWS);
   static constexpr void (*of[])(const T* const*, int64_t, const T*, int, const T*, T* const*, int64_t) = {few_gates<T, MR>...};
 };
 template <class T, int... MR>

@@ -183,8 +183,8 @@ struct Sequence {
     return slot < WIDE ? (b * WIDE + slot) * L : (blocks.size() * WIDE + b * (PRE - WIDE) + slot - WIDE) * L;
   }
 
-  // Some slots of a weight matrix, for the products that make sums; packed for this worker's units, or null where each panel is packed
-  // when it is used.
+  // Some slots of a weight matrix, for the products that make sums; packed for this worker's units, or null where they are
+  // used once: taken as they stand for few rows, else each panel is packed when it is used.
   struct Gates {
     const void* weights;
     int first_slot, slots;
@@ -294,7 +294,7 @@ struct Sequence {
   // and up in turn, so that each begins with those that the one before has left in cache.
   void affine(const Forward& f, const Gates& g, int64_t count, const T* const* from, const T* first, T* const* to,
               bool down = false) const {
-    if (g.K == 0 && !first) return;  // a dense layer: no recurrence
+    if (count == 0 || (g.K == 0 && !first)) return;  // a dense layer has no recurrence
     const Panels<T> p(units_of(blocks), g.slots, elements(g.K));
     const int64_t width = g.first_slot < WIDE ? WIDE : PRE - WIDE;  // of the part of a block's sums that the slots lie in
     static_assert(MAX_NV / PRE <= 1 || PRE == 1 || WIDE == LATE, "a panel of several blocks must find them side by side");
@@ -747,7 +747,7 @@ struct Sequence {
 
   // to[r][at ..] = first + from[r]·W (or +=) over all panels of c; `padded` where the destination holds whole registers.
   void send_back(const Backward& f, const Columns& c, int64_t n, const T* first, int64_t at, bool padded, bool down = false) const {
-    if (c.width == 0) return;
+    if (c.width == 0 || n == 0) return;
     const int64_t K = height(c);
     const Panels<T> p(c.width, 1, elements(K));
     const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
@@ -777,6 +777,10 @@ struct Sequence {
     } while (k < p.K);
   }
 
+  // Do the products over a chunk's tokens take the operands as they stand? What `recompute` made of them must not be needed when a worker
+  // that is ahead goes on to the next chunk.
+  bool as_they_stand(int64_t tokens) const { return multiply.few(tokens, COMBINED_ROWS) && (!j.recompute || tokens == j.start[j.T]); }
+
   // Side by side for the products over a chunk's tokens: the operands, and daᵀ unless its own numbers are multiplied. Each worker packs its
   // share.
   void gather(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
@@ -786,7 +790,7 @@ struct Sequence {
     };
     if (!multiply.exact()) columns(PRE * H, f.da, da_pitch(), f.a_packed);
     if (!multiply.exact() && j.projected) columns(j.R, f.dy_total, dy_pitch(), f.dy_packed);
-    if (multiply.few(tokens, COMBINED_ROWS)) return;
+    if (as_they_stand(tokens)) return;
     int64_t turn = 0;  // panels of all operands in turn
     for (int i = 0; i < 4; ++i) {
       if (operand_width(i) == 0) continue;
@@ -809,14 +813,19 @@ struct Sequence {
 
   void input_gradient(const Backward& f, int64_t t0, int64_t t1, int64_t base, int64_t tokens) const {
     if (!j.dx.data) return;
-    const Range own = share(tokens, w.id, w.count);
+    const int64_t all_blocks = ceil_div(j.I, L);
+    const bool by_columns = !f.w_ih.packed && all_blocks >= w.count;  // so that weights as they stand are read once
+    const Range own = by_columns ? Range{0, tokens} : share(tokens, w.id, w.count);
+    const Range part = by_columns ? share(all_blocks, w.id, w.count) : Range{0, all_blocks};
+    Columns columns = f.w_ih;
+    columns.column = part.begin * L, columns.width = least(part.end * L, j.I) - columns.column;
     int64_t n = 0;
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t k = most(own.begin, j.start[t] - base); k < least(own.end, j.start[t + 1] - base); ++k, ++n) {
         f.from[n] = f.da + k * da_pitch();
         f.to[n] = out_row(j.dx, t, k - (j.start[t] - base));
       }
-    send_back(f, f.w_ih, n, f.zeros, 0, false);
+    send_back(f, columns, n, f.zeros, columns.column, false);
   }
 
   // db += Σ da and dp += Σ da·c: sums over a chunk's tokens, in their order; columns are split among the workers.
@@ -878,7 +887,7 @@ struct Sequence {
       f.from[m - begin] = multiply.exact() ? a + m : packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
     }
-    if (multiply.few(tokens, COMBINED_ROWS)) {
+    if (as_they_stand(tokens)) {
       const T* row[COMBINED_ROWS];
       operand_rows(f, operand, t0, t1, row);
       return combine_rows(end - begin, f.from, step, tokens, row, width, fresh, fresh && j.around, f.to);

@@ -148,6 +148,33 @@ def test_a_refused_backward_overwrites_nothing(name: str) -> None:
     assert all((value == 1).all() for value in ones.values())
 
 
+@pytest.mark.parametrize("bad", ["dtype", "order", "read-only"])
+def test_a_refused_gradient_of_the_first_layer_touches_no_other(bad: str) -> None:
+    """The layers above it come first in backward."""
+    a = arrays(Problem("lstm", layers=3), "float32")
+    _, _, tape, *_ = functional.forward("lstm", a.x, a.state, a.params, **a.options)
+    ones = {name: np.ones_like(value) for name, value in a.params.items()}
+    value = ones["weight_ih_l0"]
+    ones["weight_ih_l0"] = value.astype("float64") if bad == "dtype" else np.asfortranarray(value) if bad == "order" else value
+    value.flags.writeable = False
+    with pytest.raises(ValueError, match="gradient of weight_ih_l0 must be a writeable, C-contiguous array of dtype float32"):
+        functional.backward(tape, a.dy, a.dstate, ones)
+    assert all((value == 1).all() for value in ones.values())
+
+
+def test_gradients_that_no_cache_holds_may_lie_anywhere() -> None:
+    """They are written by instructions that want aligned registers; NumPy's arrays need not even be aligned to their items."""
+    H = 2100
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal((H, H), np.float32) / 50 for name in ("weight_ih_l0", "weight_hh_l0")}
+    x, dy = rng.standard_normal((2, 1, 2, H), np.float32)
+    _, _, tape = functional.forward("rnn_tanh", x, None, params)
+    expected = functional.backward(tape, dy, None, {name: np.zeros_like(value) for name, value in params.items()})[2]
+    for offset in (0, 1, 4):
+        anywhere = {name: np.frombuffer(bytearray(4 * H * H + 8), np.float32, H * H, offset).reshape(H, H) for name in params}
+        assert_same(functional.backward(tape, dy, None, anywhere, accumulate=False)[2], expected)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_overwrite_though_the_last_steps_have_no_row(reverse: bool, target: str) -> None:
     """The first chunk of time that backward comes to has no token."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rnnfast
 import torch
 from rnnfast.dense import Dropout, Embedding, Linear
 from rnnfast.module import Module
@@ -112,6 +113,18 @@ def test_k_forwards_are_undone_by_k_backwards_latest_first() -> None:
     assert met == [3, 2, 1]
     with pytest.raises(RuntimeError, match="Linear: backward without a forward"):
         layer.backward(ones(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 3)])
+def test_a_layers_backward_makes_what_is_asked_for(shape: tuple[int, ...]) -> None:
+    gradients = []
+    for options in ({}, {"need_dx": False}, {"need_dstate": False}):
+        layer = rnnfast.GRU(3, 5, seed=0)
+        y, _ = layer(ones(*shape))
+        dx, dstate = layer.backward(y, **options)
+        assert (dx is None, dstate is None) == ("need_dx" in options, "need_dstate" in options)
+        gradients.append(layer.flat_gradient.tobytes())
+    assert len(set(gradients)) == 1
 
 
 def test_gradients_accumulate_until_zeroed() -> None:

@@ -208,6 +208,43 @@ else:
     )
 
 
+def test_a_lent_team_may_be_smaller_than_asked_for() -> None:
+    """Packs kept for two threads are none for the one that comes."""
+    python(
+        """
+import ctypes
+import numpy as np
+import rnnfast
+from rnnfast import _core, functional
+
+rnnfast.set_num_threads(2)
+rng = np.random.default_rng(0)
+params = {name: rng.standard_normal((3200, 800), np.float32) / 30 for name in ("weight_ih_l0", "weight_hh_l0")}
+x, packs = rng.standard_normal((25, 1, 800), np.float32), {}  # so much that a busy machine makes no difference
+
+def bits(**options):
+    return functional.forward("lstm", x, None, params, tape=False, **options)[0].tobytes()
+
+alone = bits(threads=1)
+assert bits(snapshot=packs) == alone
+entered = []
+
+def parallel(body, data, count, flags):
+    entered.append(count)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)(data)
+
+lender = [
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(parallel),
+    ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0),
+    ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1),
+]
+_core.lend_threads(*(ctypes.cast(function, ctypes.c_void_p).value for function in lender))
+assert bits(snapshot=packs) == alone and entered == [2], entered
+_core.lend_threads(0, 0, 0)
+"""
+    )
+
+
 # ---- Floating-point state --------------------------------------------------------------------------------------------
 
 # Where fegetenv of the C library puts the control bits (rounding, exception masks, flush to zero): offset, mask.

@@ -24,6 +24,7 @@ DTYPES = ["float32", "float64"]
 BUSY = {
     "many rows": Shape(12, 67, 20, 40, "a split of the batch leaves rows over"),
     "many units": Shape(6, 3, 33, 260, "a split of the units leaves units over"),
+    "one step": Shape(1, 5, 130, 260, "weights are used once, as they stand: enough of them for many threads"),
 }
 
 

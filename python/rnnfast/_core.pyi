@@ -23,6 +23,7 @@ class Run:
     """A layer's forward as its backward needs it: what was checked, and a tape for each direction."""
 
     tapes: list[Array]  # (n,), as csrc/sequence.hpp lays them out
+    def check_kept(self) -> None: ...  # raises where an array that backward reads has been resized
 
 class Stream:
     """One step at a time over a snapshot of a layer's weights; `layer.stream()` makes one."""

@@ -267,7 +267,8 @@ def _plain(T: int, B: int) -> _core.Layout:
 def _layout(x: Array, ends: NDArray[np.int64] | None, batch_sizes: Any, who: str) -> _core.Layout:
     try:
         if batch_sizes is None:
-            return _plain(x.shape[0], x.shape[1]) if ends is None else _core.Layout(x.shape[0], x.shape[1], ends)
+            T, B = x.shape[:2]
+            return _plain(T, B) if ends is None and T + B <= 4096 else _core.Layout(T, B, ends)
         layout = _core.Layout.from_batch_sizes(np.asarray(batch_sizes, np.int64))
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
@@ -343,12 +344,13 @@ def backward(
         threads: as of `forward`.
 
     Returns:
-        dx (T, B, I), 0 past a row's end; dstate, the initial state's gradient; gradients. Where forward was given no state, h_0 and
+        dx (T, B, I), 0 past a row's end, or None; dstate, the initial state's gradient, or None; gradients. Where forward was given no state, h_0 and
         c_0 collect the initial state's gradient over the batch, and they collect it at every reset.
 
     Source: Werbos, "Backpropagation through time: what it does and how to do it" (1990).
     """
     who = tape.cell.split("_")[0]
+    gradients = gradients if gradients is None or isinstance(gradients, dict) else dict(gradients)
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
     if tape.parts:
@@ -369,6 +371,13 @@ def backward(
             raise KeyError(f"{who}: gradients lacks {name!r}")
         if gradient.shape != value.shape:
             raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradient.shape}")
+    if L > 1:  # one layer's the kernels' border checks before it writes
+        for name in _names(L, D)[1] & tape.params.keys():
+            gradient = gradients[name]
+            if gradient.dtype != dtype or not gradient.flags.c_contiguous or not gradient.flags.writeable:
+                raise ValueError(f"{who}: gradient of {name} must be a writeable, C-contiguous array of dtype {dtype}")
+        for run in tape.runs:
+            run.check_kept()
 
     if not accumulate:
         written = _names(L, D)[1]

@@ -192,7 +192,7 @@ class _Recurrent(Module):
 
         dy is laid out like y and never read past a row's end; dstate is like the state, None for zeros. Returns the gradients of x and of the
         initial state; parameter gradients add to `gradients()`. need_dx=False saves a product and returns None for dx, need_dstate=False
-        saves one step's.
+        saves one step's and returns None for dstate.
 
         Raises RuntimeError without a forward in training mode, ValueError for a wrong shape or dtype, after which the tape is still there.
         """

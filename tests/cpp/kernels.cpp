@@ -46,6 +46,10 @@ const Shape SHAPES[] = {
     {"unit tail", 6, 5, 7, 37},
     {"prime batch", 4, 31, 3, 17},
     {"one row", 9, 1, 33, 130},
+    {"one step of one row", 1, 1, 70, 130},
+    {"one step of few rows", 1, 7, 257, 66},
+    {"one step, projected", 1, 5, 33, 70, 35},
+    {"short chunks of many rows", 3, 300, 2, 9, 5, 1, true},
     {"long", 300, 5, 4, 40},
     {"reversed", 7, 4, 5, 19, 0, 1, false, false, true},
     {"ragged", 9, 13, 6, 21, 0, 1, true},
@@ -185,9 +189,12 @@ struct Way {
   const char* name;
   Compute compute = OWN;
   bool recompute = false, kept = false;
+  bool written = false;  // gradients are not added but written, around the caches, and h_0's is not asked for
 };
 const Way PLAIN = {"plain"}, WAYS[] = {{"short tape", OWN, true},
                                        {"kept packs", OWN, false, true},
+                                       {"written", OWN, false, false, true},
+                                       {"written, short tape", OWN, true, false, true},
                                        {"bfloat16", BFLOAT16},
                                        {"bfloat16, short tape, kept packs", BFLOAT16, true, true},
                                        {"int8", INT8},
@@ -250,6 +257,7 @@ Results<T> run(const Kernels& k, CellKind kind, const Problem& p, int workers, i
   forward(tape.empty() ? &nowhere : tape.data(), true);  // with a tape, and with the packs of the call before
   CHECK(r.y == inference.y && r.h_T == inference.h_T && r.c_T == inference.c_T && r.cells == inference.cells);
   const Block none(0);
+  if (way.written) j.overwrite = j.around = true, j.dh_0 = nullptr;
   with_workers(workers, row_groups, none, k.scratch_size(kind, dtype, j, workers, row_groups, true),
                [&](const Worker& w) { k.backward(kind, dtype, j, w); });
   return r;
@@ -381,7 +389,8 @@ void workers_change_nothing(const Kernels& k) {
       }
       for (const Way& way : WAYS) {
         if (way.compute != OWN && sizeof(T) == 8) continue;
-        const Results<T> alone = way.compute == OWN ? one : run<T>(k, kind, p, 1, 1, 8, way);  // what is kept, and when, changes nothing
+        const bool as_plain = way.compute == OWN && !way.written;  // what is kept, and when, changes nothing
+        const Results<T> alone = as_plain ? one : run<T>(k, kind, p, 1, 1, 8, way);
         for (const Team& team : {TEAMS[0], TEAMS[2], TEAMS[3]})
           same(k, kind, s, team, way, run<T>(k, kind, p, team.workers, team.row_groups, 8, way), alone);
       }
