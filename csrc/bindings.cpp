@@ -328,11 +328,12 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   return {1, 1};
 }
 
-// Does the last cache hold a job's weights and their gradients? Where not, the gradients of few tokens, which are written and not read, are
-// better off in memory. Operating systems tell of that cache what they like; this much is what a cluster of cores mostly shares.
-bool fits_cache(CellKind kind, Dtype dtype, const Job& j) {
+// Are the weights' gradients better written around the caches? Where the last one does not hold them beside the weights, and tokens are so
+// few that each is written but once. Operating systems tell of that cache what they like; this much is what a cluster of cores mostly
+// shares.
+bool goes_around(CellKind kind, Dtype dtype, const Job& j) {
   constexpr int64_t last_cache = 32 << 20;
-  return 2 * (dtype == FLOAT32 ? 4 : 8) * gates(kind) * j.H * (j.I + j.R * j.taps) <= last_cache;
+  return j.overwrite && j.start[j.T] <= 8 && 2 * (dtype == FLOAT32 ? 4 : 8) * gates(kind) * j.H * (j.I + j.R * j.taps) > last_cache;
 }
 
 // Forward's packed weights of one job, kept from call to call: a snapshot, which no later write to the weights reaches. One for each way of
@@ -393,7 +394,6 @@ struct Call {
     Call& c = *static_cast<Call*>(data);
     if (count == 1) c.row_groups = 1;
     c.scratch = Pool::get().take(kernels().scratch_size(c.kind, c.dtype, c.job, count, c.row_groups, c.backward));
-    c.job.around = c.backward && c.job.start[c.job.T] <= 8 && !fits_cache(c.kind, c.dtype, c.job);
     if (c.backward) return;
     const int units = count / c.row_groups;
     c.job.kept = c.snapshot != nullptr;
@@ -712,6 +712,7 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
     j.dw_hr = out(5, j.w_hr, "(R, H)", {R, H});
     j.db_hr = out(6, j.b_hr, "(R,)", {R});
     j.overwrite = !accumulate;
+    j.around = goes_around(check.kind, run.dtype, j);
     if (j.overwrite && l.tokens() == 0)
       for (Array& a : g)
         if (a) std::memset(a->mutable_data(), 0, static_cast<size_t>(a->nbytes()));
@@ -1310,6 +1311,8 @@ py::object backward(Stack& s, Py_ssize_t count) {
     Job& j = s.jobs[static_cast<size_t>(k)];
     const int64_t GH = gates(s.kind) * s.H;
     j.overwrite = true;
+    // New memory of such a size comes from the operating system, which has just written zeros into the caches.
+    j.around = goes_around(s.kind, s.dtype, j) && GH * std::max(j.I, s.R) * static_cast<int64_t>(s.item()) < 32 << 20;
     void** const to[] = {&j.dw_ih, &j.dw_hh, n >= 4 ? &j.db_ih : &j.dw_hr, &j.db_hh, &j.dw_hr};
     for (int64_t i = 0; i < n; ++i) {
       PyObject* weight = s.weight_object(k * n + i);

@@ -205,18 +205,13 @@ def _is_torchs(cell: int, x: Tensor, batch_sizes: Any, weights: Sequence[Any], b
     return x.shape[:-1].numel() < 4 if half is torch.float16 else cell != _LSTM or x.dim() == 2
 
 
-_GATES = {_LSTM: 4, _GRU: 3}
-
-
-def _is_torchs_step(cell: int, x: Any, w_ih: Any, numbers: int) -> bool:
-    """Whether a step over so many numbers of W_ih a gate is torch's: a single row, which it multiplies by a matrix as that lies in memory, while we would
-    rewrite the matrix for one use of it; and of plain RNNs the training of one step, which takes torch a tenth less.
+def _is_torchs_step(cell: int, x: Any, w_ih: Any) -> bool:
+    """Whether a step is torch's: of a single row on one thread, over weights of an RNN that the third-level cache just holds. torch reads them as fast as
+    they come, while we transpose squares of them; gates' weights are more than that cache holds, and two threads share the work.
     """
-    if not isinstance(w_ih, Tensor) or w_ih.numel() < numbers * _GATES.get(cell, 1) or not isinstance(x, Tensor) or x.dim() == 0:
+    if cell in (_LSTM, _GRU) or not isinstance(w_ih, Tensor) or not 1 << 20 <= w_ih.numel() < 1 << 22 or not isinstance(x, Tensor) or x.dim() == 0:
         return False
-    if x.numel() == x.shape[-1]:
-        return True
-    return cell not in _GATES and w_ih.numel() >= 1 << 18 and x.numel() >= 8 * x.shape[-1] and w_ih.requires_grad and _grads()
+    return x.numel() == x.shape[-1] and torch.get_num_threads() == 1
 
 
 def _in_float32(run: Callable[..., _Result], x: Any, h: Any, c: Any, weights: Sequence[Any], half: torch.dtype, out: torch.dtype) -> _Result:
@@ -277,8 +272,7 @@ def _layers(
                 lambda x, h, c, w, low: _layers(cell, x, batch_sizes, h, c, w, has_biases, layers, dropout, train, bidirectional, batch_first, low),
                 x, h, c, weights, half, h.dtype if cell == _GRU else half,
             )  # fmt: skip
-    is_short = cell != _LSTM and batch_sizes is None and isinstance(x, Tensor) and x.dim() == 3 and x.shape[batch_first] == 1  # torch's LSTM takes longer
-    if is_short and weights and _is_torchs_step(cell, x, weights[0], 1 << 18):
+    if batch_sizes is None and weights and _is_torchs_step(cell, x, weights[0]):
         return None
     if dropout == 0 or not train or layers == 1:
         return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
@@ -318,7 +312,7 @@ def _cell(cell: int, x: Any, h: Any, c: Any, weights: Sequence[Any], low: bool =
             return None
         with torch.autocast("cpu", enabled=False):
             return _in_float32(partial(_cell, cell), x, h, c, weights, half, h.dtype if cell in (_LSTM, _GRU) else half)
-    if _is_torchs_step(cell, x, weights[0], 1 << 16):
+    if _is_torchs_step(cell, x, weights[0]):
         if low or _library is not None:
             return None
         result = _TORCHS_STEPS[cell](x, h if c is None else (h, c), *weights)
@@ -473,19 +467,8 @@ def _layer_function(name: str) -> Callable[..., Any]:
     return layer
 
 
-def _is_at_once_torchs(input: Any, w_ih: Any, numbers: int) -> bool:
-    """A cell's `_is_torchs_step` for a single row, known before all else: the way through `_cell` would take a tenth of the time."""
-    try:
-        is_big = w_ih.numel() >= numbers and len(input) == 1 and input.dim() == 2
-    except (AttributeError, TypeError):
-        return False
-    return is_big and not _compiles() and not _autocast() and _library is None and _transforms() is None
-
-
 @_eager
 def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-    if _is_at_once_torchs(input, w_ih, 4 << 16):
-        return _TORCHS_STEPS[_LSTM](input, hx, w_ih, w_hh, b_ih, b_hh)
     if isinstance(hx, (tuple, list)) and len(hx) == 2:
         out = _cell(_LSTM, input, hx[0], hx[1], (w_ih, w_hh, b_ih, b_hh))
         if out is not None:
@@ -495,12 +478,8 @@ def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh
 
 def _cell_function(name: str) -> Callable[..., Any]:
     cell = _LAYERS[name]
-    numbers, theirs = _GATES.get(cell, 1) << 16, _TORCHS_STEPS[cell]
-
     @_eager
     def step(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
-        if _is_at_once_torchs(input, w_ih, numbers):
-            return theirs(input, hx, w_ih, w_hh, b_ih, b_hh)
         out = _cell(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh))
         return _declined(name + "_cell", input, hx, w_ih, w_hh, b_ih, b_hh) if out is None else out[0]
 
