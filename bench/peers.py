@@ -503,8 +503,10 @@ def _jitted(problem: Problem, library: str, mode: str, forward: Any, params: Any
 
 
 def sides(problem: Problem, libraries: tuple[str, ...]) -> list[Side]:
-    """Every peer side that can run the problem; on all threads a peer may also choose to use one."""
+    """Every peer side that can run the problem; on all threads a peer may also choose to use one. JAX's threads cannot be held to fewer."""
     threads = sorted({1, problem.shape.threads or cores()})
+    if max(threads) < cores():
+        libraries = tuple(name for name in libraries if name not in ("jax", "flax"))
     found: list[Side] = []
     if "torch" in libraries:
         found += torch_sides(problem, threads)

@@ -198,7 +198,8 @@ def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
         f"Made by `{command}` and `python bench/report.py`. Absolute times are this machine's; the ratios are what counts.",
         "",
         f"- **ratio**: the peer's time over ours, the median over rounds of neighbouring blocks. Above 1 rnnfast is faster, below {LEVEL} it is slower.",
-        "- **best peer**: of torch, onnxruntime, JAX and flax the fastest on that shape, each in its fastest mode; xN is its threads (x0: JAX's own choice).",
+        "- **best peer**: of torch, onnxruntime, JAX and flax the fastest on that shape, each in its fastest mode; xN is its threads. JAX and flax (x0)"
+        " are there where rnnfast uses all threads, since theirs cannot be held to one.",
         "- **share of the roof**: the least time that the machine's arithmetic and bandwidth allow for the shape, over the time taken.",
         f"- **1 thread / all threads**: what rnnfast must use; all are {threads} here. A peer may use fewer where that is faster for it.",
         "- T time steps, B rows, I inputs, H units, L layers, D directions, V symbols. Training is forward and backward to every gradient.",

@@ -34,7 +34,7 @@ _Weights: TypeAlias = "list[Array | None]"
 _DEBUG = os.environ.get("RNNFAST_DEBUG", "0") not in ("", "0")  # check that x is the same in backward as it was in forward
 
 
-@dataclass(slots=True)
+@dataclass(repr=False)
 class Tape:
     """What `forward` keeps for `backward`; opaque to callers."""
 
@@ -72,12 +72,10 @@ def _expect(array: Array, name: str, symbols: str, shape: tuple[int, ...], dtype
     return array
 
 
-def _lengths(lengths: Any, who: str) -> NDArray[np.int64] | None:
-    if lengths is None:
-        return None
-    array = np.asarray(lengths)
+def _whole(numbers: Any, name: str, who: str) -> NDArray[np.int64]:
+    array = np.asarray(numbers)
     if array.dtype.kind not in "iu" and array.size:
-        raise ValueError(f"{who}: lengths must be whole numbers (int64), got dtype {array.dtype}")
+        raise ValueError(f"{who}: {name} must be whole numbers (int64), got dtype {array.dtype}")
     return array.astype(np.int64, copy=False)
 
 
@@ -199,7 +197,7 @@ def forward(
         H = w_hh.shape[0] // gates if w_hh.ndim else 0
         raise ValueError(f"{who}: weight_ih_l0 must have shape ({gates}*H, I) = ({gates * H}, {I}), got {w_ih.shape}, where x has shape {x.shape}")
     _expect(x, "x", "(T, B, I)", x.shape, w_ih.dtype, who)
-    ends = _lengths(lengths, who)
+    ends = None if lengths is None else _whole(lengths, "lengths", who)
     layout = _layout(x, ends, batch_sizes, who)
     lead = x.shape[:-1]
     T, B = lead if batch_sizes is None else (layout.T, layout.B)
@@ -269,7 +267,7 @@ def _layout(x: Array, ends: NDArray[np.int64] | None, batch_sizes: Any, who: str
         if batch_sizes is None:
             T, B = x.shape[:2]
             return _plain(T, B) if ends is None and T + B <= 4096 else _core.Layout(T, B, ends)
-        layout = _core.Layout.from_batch_sizes(np.asarray(batch_sizes, np.int64))
+        layout = _core.Layout.from_batch_sizes(_whole(batch_sizes, "batch_sizes", who))
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
     if layout.tokens != len(x):
@@ -300,7 +298,9 @@ def _events(cut: NDArray[np.bool_], reverse: bool) -> NDArray[np.int64]:
 
 def _initial(params: Mapping[str, Array], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], who: str) -> Array | None:
     value = params.get(name)
-    return None if value is None else _expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who)
+    if value is None:
+        return None
+    return np.ascontiguousarray(_expect(value, name, "(L*D, 1, R)" if name == "h_0" else "(L*D, 1, H)", shape, dtype, who))
 
 
 def _rows(fresh: Array | None, B: int) -> Array | None:

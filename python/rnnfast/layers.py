@@ -424,7 +424,7 @@ class NARX(Module):
                 x_past, y_past = x_past[:, None], y_past[:, None]
             if x_past.shape != (N - 1, B, I) or y_past.shape != (1, B, S) or x_past.dtype != self.dtype:
                 raise ValueError(f"narx: state must be x_past {(N - 1, B, I)} and y_past {(1, B, S)} of {self.dtype}, got {x_past.shape} and {y_past.shape}")
-        ends = functional._lengths(lengths, "narx")
+        ends = None if lengths is None else functional._whole(lengths, "lengths", "narx")
         cut = functional._reset(None if reset is None else np.asarray(reset)[:, None] if single else reset, T, B, ends, "narx")
         whole = np.concatenate((x_past[::-1], x))  # (N-1+T, B, I), oldest first
         known = None
