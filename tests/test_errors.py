@@ -375,6 +375,11 @@ def test_array_that_was_resized_is_not_read(name: str) -> None:
         functional.backward(tape, zeros(1000, 2, 5) if name == "x" else zeros(4, 2, 5))
 
 
+def test_batch_sizes_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^lstm: batch_sizes must be whole numbers \(int64\), got dtype float64$"):
+        functional.forward("lstm", zeros(8, 3), None, LSTM, batch_sizes=[4.9, 4.0])
+
+
 def test_tape_keeps_the_arrays_that_it_reads() -> None:
     """Other arrays under their names are nothing to it."""
     a = arrays(Problem("lstm", layers=2, directions=2, lengths="ragged", reset=True, state="given"), "float32")

@@ -263,11 +263,12 @@ def _plain(T: int, B: int) -> _core.Layout:
 
 
 def _layout(x: Array, ends: NDArray[np.int64] | None, batch_sizes: Any, who: str) -> _core.Layout:
+    sizes = None if batch_sizes is None else _whole(batch_sizes, "batch_sizes", who)
     try:
-        if batch_sizes is None:
+        if sizes is None:
             T, B = x.shape[:2]
             return _plain(T, B) if ends is None and T + B <= 4096 else _core.Layout(T, B, ends)
-        layout = _core.Layout.from_batch_sizes(_whole(batch_sizes, "batch_sizes", who))
+        layout = _core.Layout.from_batch_sizes(sizes)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
     if layout.tokens != len(x):
