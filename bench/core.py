@@ -72,14 +72,12 @@ class Bench:
         self.peak(shape.dtype, march)
         (figure,) = timing.alternate([ours(Problem(shape), 1)[-1]], self.rounds, self.seconds)
         peak = self.peak(shape.dtype, march)
-        seconds = min(figure.blocks)  # the best block against the best peak
-        return Row(what, shape.mode, shape.flops / seconds / peak, target, "share", seconds * 1e3)
+        return Row(what, shape.mode, shape.flops / figure.seconds / peak, target, "share", figure.seconds * 1e3)
 
     def cost(self, what: str, mode: str, side: timing.Side, plain: timing.Side, flops: float, target: float) -> Row:
         """Time over the plain one's, per flop; `flops` is how many times the plain one's flops this side does."""
         mine, other = timing.alternate([side, plain], self.rounds, self.seconds)
-        middle, _, _ = timing.ratio(mine, other)
-        return Row(what, mode, middle / flops, target, "cost", mine.seconds * 1e3)
+        return Row(what, mode, timing.ratio(mine, other)[0] / flops, target, "cost", mine.seconds * 1e3)
 
 
 def plain(cell: str, mode: str, **changes: object) -> Shape:

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,11 +117,10 @@ class Shape:
         return self.best is not None and self.best["ratio"] < LEVEL and self.best["share_of_roof"] < NEAR_THE_ROOF
 
     def ratio(self, slower: str, faster: str) -> float:
-        """How many times as long one library takes as another: the median over neighbouring blocks; NaN where one is not there."""
+        """How many times as long one library takes as another; NaN where one is not there."""
         if slower not in self.by_library or faster not in self.by_library:
             return math.nan
-        blocks = zip(self.by_library[slower]["blocks_ms"], self.by_library[faster]["blocks_ms"], strict=True)
-        return statistics.median(a / b for a, b in blocks)
+        return float(self.by_library[slower]["ms"] / self.by_library[faster]["ms"])
 
 
 def group(records: Sequence[Record]) -> list[Shape]:
@@ -197,7 +195,8 @@ def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
         "",
         f"Made by `{command}` and `python bench/report.py`. Absolute times are this machine's; the ratios are what counts.",
         "",
-        f"- **ratio**: the peer's time over ours, the median over rounds of neighbouring blocks. Above 1 rnnfast is faster, below {LEVEL} it is slower.",
+        f"- **ratio**: the peer's time over ours, each its fastest block's. Above 1 rnnfast is faster, below {LEVEL} it is slower.",
+        "- **quartiles**: of the ratios of neighbouring blocks, which tell how much the machine's moments differ.",
         "- **best peer**: of torch, onnxruntime, JAX and flax the fastest on that shape, each in its fastest mode; xN is its threads. JAX and flax (x0)"
         " are there where rnnfast uses all threads, since theirs cannot be held to one.",
         "- **share of the roof**: the least time that the machine's arithmetic and bandwidth allow for the shape, over the time taken.",

@@ -2,9 +2,10 @@
 
 A `Side` is one library in one mode on one thread count, ready to run. Sides run in *blocks*: a settle (thread pools
 that still spin after a call go to sleep), one call that does not count, then calls of which the median counts; a call
-that takes long counts at once. Blocks of the sides alternate, and what is reported is the median over rounds of the
-ratio of neighbouring blocks. Before every call the side's weights are written in place and the input is another one,
-so that nothing remembered can look free. Knows no library.
+that takes long counts at once. Blocks of the sides alternate, so that all meet the machine's good and bad moments, and
+each side's fastest block counts: what else runs on a core, or on the core that a virtual one shares, only ever adds
+(Chen and Revels, "Robust benchmarking in noisy environments", 2016). Before every call the side's weights are written
+in place and the input is another one, so that nothing remembered can look free. Knows no library.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Array = np.ndarray[Any, Any]
 SETTLE = 0.012  # seconds of quiet before a block: other libraries' pools spin after a call, onnxruntime's for 40 ms
 PATIENCE = 0.5  # seconds after which a pool that still spins is taken for its library's way of waiting
 INPUTS = 4  # rotated
-LONG = 0.4  # seconds: a call that takes longer counts from the first, and needs no second trial
+LONG = 0.4  # seconds: a call that takes longer counts from the first, needs no second trial and no more than two rounds
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ class Timing:
 
     @property
     def seconds(self) -> float:
-        return statistics.median(self.blocks)
+        return min(self.blocks)
 
 
 class Disagreement(AssertionError):
@@ -140,15 +141,14 @@ def alternate(sides: Sequence[Side], rounds: int = 7, seconds: float = 0.03) -> 
     for r in range(rounds):
         order = timings[r % len(timings) :] + timings[: r % len(timings)]
         for timing in order:
-            figure, k = block(timing.side, seconds, k)
-            timing.blocks.append(figure)
+            if r < 2 or timing.seconds <= LONG:
+                figure, k = block(timing.side, seconds, k)
+                timing.blocks.append(figure)
     return timings
 
 
 def ratio(slower: Timing, faster: Timing) -> tuple[float, float, float]:
-    """How many times as long `slower` takes: median and quartiles over the rounds."""
-    ratios = [a / b for a, b in zip(slower.blocks, faster.blocks, strict=True)]
-    if len(ratios) < 2:
-        return ratios[0], ratios[0], ratios[0]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, low, high
+    """How many times as long `slower` takes, and the quartiles of neighbouring blocks' ratios."""
+    ratios = [a / b for a, b in zip(slower.blocks, faster.blocks)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return slower.seconds / faster.seconds, low, high

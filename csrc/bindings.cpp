@@ -53,9 +53,15 @@ class Unlocked {
   PyThreadState* state_;
 };
 
-// Calls f(begin, end) for parts of [0, n) on as many threads as each gets `grain` of it.
+constexpr int ALL = 1 << 16;  // threads: as many as thread_count says
+
+int threads_of(int most) { return most == ALL ? thread_count() : threads_for(most); }
+
+constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread
+
+// Calls f(begin, end) for parts of [0, n) on as many threads, `most` of them, as each gets `grain` of it.
 template <class F>
-void divide(int64_t n, int64_t grain, F f) {
+void divide(int64_t n, int64_t grain, F f, int most = ALL) {
   struct Parts {
     int64_t n;
     F& f;
@@ -64,8 +70,8 @@ void divide(int64_t n, int64_t grain, F f) {
     const Parts& p = *static_cast<Parts*>(data);
     p.f(p.n * id / count, p.n * (id + 1) / count);
   };
-  const int most = static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, thread_count()));
-  rnnfast::run(most, each, &parts, [](void*, int) {});
+  const int threads = static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, threads_of(most)));
+  rnnfast::run(threads, each, &parts, [](void*, int) {});
 }
 
 // ---- buffers that outlive a call: fresh pages cost several per cent --------------------------------------------------------------------
@@ -296,12 +302,7 @@ struct Checker {
   }
 };
 
-// ---- how many threads, and how they share
-// ------------------------------------------------------------------------------------------------
-
-constexpr int ALL = 1 << 16;  // threads: as many as thread_count says
-
-int threads_of(int most) { return most == ALL ? thread_count() : threads_for(most); }
+// ---- how many threads share, and how --------------------------------------------------------------------------------------------------
 
 struct Plan {
   int workers, row_groups;
@@ -560,11 +561,19 @@ class Run {
     if (a) a->mutable_data();  // raises where a is read-only
     return const_cast<void*>(slice(std::as_const(a), name, symbols, rows, n));
   }
-  // A new array for every token; 0 where there is none.
-  py::array fresh(int64_t n) const {
+  // A new array for every token; 0 past a row's end.
+  py::array fresh(int64_t n, int most) const {
     const Layout& l = *layout;
     py::array a = l.packed ? py::array(check.dtype, {l.tokens(), n}) : py::array(check.dtype, {l.T, l.B, n});
-    if (l.ragged && !l.packed) std::memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
+    if (!l.ragged || l.packed) return a;
+    void* const first = a.mutable_data();
+    const auto clear = [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t r = l.active[static_cast<size_t>(t)]; r < l.B; ++r)
+          std::memset(at(first, (t * l.B + l.index[static_cast<size_t>(r)]) * n), 0, static_cast<size_t>(n) * item());
+    };
+    const Unlocked unlocked;
+    divide(l.T, GRAIN / std::max<int64_t>(l.B * n, 1), clear, most);
     return a;
   }
 
@@ -627,7 +636,7 @@ py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout,
   const Checker& check = run->check;
   const Job& first = run->jobs[0];
   const int64_t B = l.B, H = first.H, R = first.R, S = R * taps, D = static_cast<int64_t>(run->D);
-  if (!y) y = run->fresh(D * R);
+  if (!y) y = run->fresh(D * R, most);
   const Tokens x_at = check.tokens(x, "x", l, first.I, false), y_at = check.tokens(y, "y", l, D * R, true),
                cells_at = check.tokens(cells, "cells", l, D * H, true);
   const void* h_0_at = run->slice(h_0, "h_0", "(L*D, B, R)", B, S);
@@ -689,7 +698,7 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
     const auto k = static_cast<int64_t>(d);
     if (run.tape_size(d) != run.sizes[d]) fail(check.who() + "the tape was written by another target");
     j.dy = run.part(dy_at, k, R);
-    if (need_dx) j.dx = check.tokens(dx.emplace_back(run.fresh(I)), "dx", l, I, true);
+    if (need_dx) j.dx = check.tokens(dx.emplace_back(run.fresh(I, most)), "dx", l, I, true);
     j.dh_T = run.at(dh_T_at, k * B * S), j.dc_T = run.at(dc_T_at, k * B * H);
     j.dh_0 = run.at(dh_0_at, k * B * S), j.dc_0 = run.at(dc_0_at, k * B * H);
     if (!run.resets.empty()) {
@@ -728,8 +737,7 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
   return py::make_tuple(dx.empty() ? py::object(py::none()) : py::object(*dx[0]), std::move(dresets));
 }
 
-// ---- streaming: one step at a time over a snapshot of the weights
-// --------------------------------------------------------------------------
+// ---- streaming: one step at a time over a snapshot of the weights ---------------------------------------------------------------------
 
 class Stream {
  public:
@@ -1395,8 +1403,6 @@ PyMethodDef FUNCTIONS[] = {
 }  // namespace tensors
 
 // ---- beside the recurrent layers: rnnfast.losses, .dense and .optim have checked what comes here --------------------------------------
-
-constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread
 
 // Of one dtype, contiguous, of n numbers.
 Dtype alike(const char* who, py::ssize_t n, std::initializer_list<const py::array*> arrays) {
