@@ -70,8 +70,9 @@ void divide(int64_t n, int64_t grain, F f, int most = ALL) {
     const Parts& p = *static_cast<Parts*>(data);
     p.f(p.n * id / count, p.n * (id + 1) / count);
   };
-  const int threads = static_cast<int>(std::clamp<int64_t>(n / std::max<int64_t>(grain, 1), 1, threads_of(most)));
-  rnnfast::run(threads, each, &parts, [](void*, int) {});
+  const int64_t grains = n / std::max<int64_t>(grain, 1);
+  const int threads = static_cast<int>(std::clamp<int64_t>(grains, 1, threads_of(most)));
+  rnnfast::run(threads > 1 && grains < 8 && team_sleeps() ? 1 : threads, each, &parts, [](void*, int) {});
 }
 
 // ---- buffers that outlive a call: fresh pages cost several per cent --------------------------------------------------------------------
@@ -308,6 +309,11 @@ struct Plan {
   int workers, row_groups;
 };
 
+// Is a job of so many flops better not shared? What takes as long as waking a thread, only with those that are awake.
+bool stays_alone(double flops, int threads) {
+  return threads == 1 || flops < 2e5 || (flops < 8e6 && team_sleeps()) || (flops < 2e8 && cores_are_taken());
+}
+
 Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int threads = threads_of(most);
   const double step =
@@ -315,7 +321,7 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const double all =
       static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
-  if (threads == 1 || all < 4e5 || (all < 2e8 && cores_are_taken())) return {1, 1};
+  if (stays_alone(all, threads)) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
   // Weights that are used once: row groups would each pack them all, few rows take them as they stand.
   if (j.T == 1 && by_units && j.B <= 16 * threads) return {threads, 1};
@@ -426,7 +432,7 @@ void run_together(std::vector<Call>& calls) {
   Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
-  if (p.row_groups > 1 || threads_of(a.most) == 1 || work < 1e5) {
+  if (p.row_groups > 1 || stays_alone(work, threads_of(a.most))) {
     a.run();
     b.run();
     return;
@@ -1529,6 +1535,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("adam", &adam, py::arg("p"), py::arg("gradient"), py::arg("mean"), py::arg("square"), py::arg("rate"), py::arg("beta_1"),
         py::arg("beta_2"), py::arg("eps"), py::arg("decay"), py::arg("kept"));
   m.def("get_num_threads", &thread_count);
+  m.def("share_small_jobs", &share_small_jobs, py::arg("always"));
   m.def("lend_threads", [](uintptr_t parallel, uintptr_t number, uintptr_t count) {
     lend_threads(
         {reinterpret_cast<decltype(OpenMP::parallel)>(parallel), reinterpret_cast<int (*)()>(number), reinterpret_cast<int (*)()>(count)});

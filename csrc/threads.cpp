@@ -26,6 +26,8 @@ namespace {
 
 constexpr int SPINS = 4000;           // some 20 to 60 microseconds before a waiting thread sleeps
 constexpr int64_t SLICE = 1'000'000;  // nanoseconds: waking takes less, another program's turn on a core longer
+constexpr int64_t CLOSE = 30'000;     // nanoseconds between jobs, in which it does not yet sleep
+constexpr int64_t PAYS = 200'000;     // of jobs so close, after which waking it, some 50 microseconds, counts for little
 constexpr int LATE = 500;  // of them that threads with equal shares of a step need not wait; sched_yield from then on was no help
 
 void relax() {
@@ -46,7 +48,7 @@ struct Waits {
 };
 
 // Waits until `value` differs from `old` and returns it.
-unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, Waits* waits = nullptr) {
+unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, Waits* waits = nullptr, std::atomic<int>* awake = nullptr) {
   for (int i = 0; i < SPINS; ++i) {
     const unsigned now = value.load(std::memory_order_acquire);
     if (now != old) return now;
@@ -54,7 +56,9 @@ unsigned wait_while(const std::atomic<unsigned>& value, unsigned old, Waits* wai
     if (i == LATE && waits) waits->late.fetch_add(1, std::memory_order_relaxed);
   }
   const int64_t start = waits ? now() : 0;
+  if (awake) awake->fetch_sub(1, std::memory_order_relaxed);
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+  if (awake) awake->fetch_add(1, std::memory_order_relaxed);
   if (waits) waits->asleep.fetch_add(now() - start, std::memory_order_relaxed);
   return value.load(std::memory_order_acquire);
 }
@@ -78,6 +82,10 @@ struct Barrier {
 
 // On that clock, until when a core is held to be busy with something else: ten times as long as the job took that showed it.
 std::atomic<int64_t> busy_until{0}, taken_until{0};  // see cores_are_busy and cores_are_taken
+
+// When the last job ended, and since when jobs have been CLOSE.
+std::atomic<int64_t> last_end{0}, close_since{0};
+std::atomic<bool> always_shared{false};
 
 // What a job's meetings say: more than a quarter of them late, and threads that meet often had better not.
 void remember(int64_t start, int64_t end, unsigned meetings, unsigned late) {
@@ -110,6 +118,7 @@ struct Region {
     const int64_t end = now(), all = end - start;
     if (is_whole && end - done > (done - start) / 2 + 2 * SLICE)
       taken_until.store(end + std::min<int64_t>(10 * all, 200 * SLICE), std::memory_order_relaxed);
+    last_end.store(end, std::memory_order_relaxed);
     remember(start, end, barrier.round.load(std::memory_order_relaxed), barrier.waits.late.load(std::memory_order_relaxed));
     return is_whole;
   }
@@ -136,19 +145,23 @@ class Team {
     for (unsigned left = running_.load(std::memory_order_acquire); left != 0;) left = wait_while(running_, left, &waits);
     const int64_t end = now(), all = end - start, asleep = waits.asleep.load(std::memory_order_relaxed) / (count - 1);
     if (asleep > SLICE && asleep > all / 3 * 2) taken_until.store(start + 11 * all, std::memory_order_relaxed);
+    last_end.store(end, std::memory_order_relaxed);
     remember(start, end, meetings, late);
   }
+  bool is_awake() const { return awake_.load(std::memory_order_relaxed) > 0; }
 
  private:
   void work(int id, unsigned seen) {
+    awake_.fetch_add(1, std::memory_order_relaxed);
     for (;;) {
-      seen = wait_while(generation_, seen);
+      seen = wait_while(generation_, seen, nullptr, &awake_);
       if (id < count_) task_(data_, id, count_, Barrier::wait, &barrier_);
       if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_all();
     }
   }
   std::vector<std::thread> threads_;
   std::atomic<unsigned> generation_{0}, running_{0};
+  std::atomic<int> awake_{0};  // workers that run or spin
   Barrier barrier_;
   Task task_ = nullptr;
   void* data_ = nullptr;
@@ -222,6 +235,18 @@ int thread_count() {
 bool cores_are_busy() { return now() < busy_until.load(std::memory_order_relaxed); }
 bool cores_are_taken() { return now() < taken_until.load(std::memory_order_relaxed); }
 
+void share_small_jobs(bool always) { always_shared.store(always, std::memory_order_relaxed); }
+
+bool team_sleeps() {
+  if (always_shared.load(std::memory_order_relaxed)) return false;
+  if (is_lent.load(std::memory_order_acquire)) return false;  // its owner's regions keep it awake, of which we know nothing
+  const Shared* s = shared.load();
+  if (s && s->team.is_awake()) return false;
+  const int64_t t = now();
+  if (t - last_end.load(std::memory_order_relaxed) > CLOSE) close_since.store(t, std::memory_order_relaxed);
+  return t - close_since.load(std::memory_order_relaxed) < PAYS;
+}
+
 int threads_for(int asked) {
   thread_count();  // has read the environment
   return std::min(asked, bound.load());
@@ -254,6 +279,7 @@ void run(int most, Task task, void* data, void (*prepare)(void*, int)) {
   Barrier alone;
   prepare(data, 1);
   task(data, 0, 1, Barrier::wait, &alone);
+  last_end.store(now(), std::memory_order_relaxed);
 }
 
 }  // namespace rnnfast

@@ -8,11 +8,13 @@
 
 namespace rnnfast {
 
-int hardware_threads();      // what affinity and the cgroup leave us
-int thread_count();          // set_thread_count, else RNNFAST_NUM_THREADS, else OMP_NUM_THREADS, else hardware_threads
-int threads_for(int asked);  // for a call that says how many it may take: OMP_NUM_THREADS speaks to those that don't
-bool cores_are_busy();       // of late, threads that met often kept each other waiting: something else runs where they would
-bool cores_are_taken();      // of late, one was not let run at all for a while
+int hardware_threads();              // what affinity and the cgroup leave us
+int thread_count();                  // set_thread_count, else RNNFAST_NUM_THREADS, else OMP_NUM_THREADS, else hardware_threads
+int threads_for(int asked);          // for a call that says how many it may take: OMP_NUM_THREADS speaks to those that don't
+bool cores_are_busy();               // of late, threads that met often kept each other waiting: something else runs where they would
+bool cores_are_taken();              // of late, one was not let run at all for a while
+bool team_sleeps();                  // and jobs have not followed each other for long enough to wake it for a small one
+void share_small_jobs(bool always);  // as if the team never slept, for tests
 void set_thread_count(int n);
 
 // GOMP_parallel, omp_get_thread_num and omp_get_num_threads of whoever lends; null takes the loan back.

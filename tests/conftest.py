@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import rnnfast
 from hypothesis import settings
+from rnnfast import _core
 
 settings.register_profile("rnnfast", deadline=None, derandomize=True, database=None)
 settings.load_profile("rnnfast")
+_core.share_small_jobs(True)  # also among threads that sleep, so that tests see what a user's calls in a row see
 
 
 @pytest.fixture(scope="module", params=rnnfast.targets())

@@ -4,12 +4,14 @@
 //   barrier           no one passes the n-th wait before all have reached it
 //   no queueing       callers that find the team busy run alone, at once
 //   fork              a child forgets the team and starts its own
+//   sleep             a team that sleeps says so, until jobs have followed each other for long enough to wake it
 #include "../../csrc/threads.hpp"
 
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -87,6 +89,31 @@ void a_child_starts_its_own_team() {
 #endif
 }
 
+// Asks until the answer comes, for at most five seconds: a core may be busy with something else.
+template <class Answers>
+bool in_time(Answers answers) {
+  const auto start = std::chrono::steady_clock::now();
+  while (!answers())
+    if (std::chrono::steady_clock::now() - start > std::chrono::seconds(5)) return false;
+  return true;
+}
+
+void a_team_that_sleeps_is_woken_for_many_jobs() {
+  const auto job = [](int most) {
+    Round round;
+    rnnfast::run(most, task, &round, prepare);
+    return holds(round, most);
+  };
+  CHECK(in_time([&] { return job(2) && !rnnfast::team_sleeps(); }));
+  const auto rest = [] { std::this_thread::sleep_for(std::chrono::milliseconds(20)); };
+  CHECK(in_time([&] {  // a pause between jobs: not worth it, every time
+    bool slept = true;
+    for (int repeat = 0; repeat < 5; ++repeat) rest(), slept = slept && rnnfast::team_sleeps() && job(1);
+    return slept;
+  }));
+  CHECK(in_time([&] { return job(1) && !rnnfast::team_sleeps(); }));  // none: soon
+}
+
 void counts() {
   CHECK(rnnfast::hardware_threads() >= 1);
   rnnfast::set_thread_count(3);
@@ -101,5 +128,6 @@ int main() {
   callers_do_not_queue();
   a_child_starts_its_own_team();
   everyone_once();
+  a_team_that_sleeps_is_woken_for_many_jobs();
   return test::report();
 }
