@@ -16,7 +16,7 @@ import rnnfast.torch as fast
 import torch
 from test_torch import flat
 from torch import Tensor, nn
-from torch.autograd import graph
+from torch.autograd import forward_ad, graph
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence, unpack_sequence
 from torch.overrides import TorchFunctionMode
@@ -218,6 +218,15 @@ def gradient_penalty(make: Make) -> Any:
 
 
 @use
+def one_tensor_for_both_states_differentiated_twice(make: Make) -> Any:
+    m, cell, h, found = make(lstm()), make(nn.LSTMCell(3, 5)), ramp(2, 2, 5).requires_grad_(), list[Any]()
+    for y in (m(ramp(4, 2, 3), (h, h))[0], cell(ramp(2, 3), (h[0], h[0]))[0]):
+        (dh,) = torch.autograd.grad((y * y).sum(), h, create_graph=True)
+        found += [dh, *torch.autograd.grad((dh * dh).sum(), [h, *(m if y.dim() == 3 else cell).parameters()])]
+    return found
+
+
+@use
 def saved_tensors_elsewhere(make: Make) -> Any:
     m = make(lstm())
     with graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
@@ -257,10 +266,12 @@ def function_modes(make: Make) -> Any:
             seen.append(getattr(function, "__name__", ""))
             return function(*args, **(named or {}))
 
-    m = make(lstm())
+    m, cell = make(lstm()), make(nn.GRUCell(3, 5))
     with Watch():
         m(ramp(4, 2, 3))
-    return torch.tensor("sigmoid" in seen)
+        cell(ramp(2, 3))
+    assert {"lstm", "gru_cell"} <= set(seen)
+    return torch.ones(1)
 
 
 @use
@@ -585,6 +596,17 @@ def subclasses_of_tensor(make: Make) -> Any:
 
 
 @use
+def a_later_layers_weight_of_another_class_under_dropout(make: Make) -> Any:
+    class Marked(Tensor):
+        pass
+
+    m = make(nn.GRU(3, 5, 2, dropout=0.5))
+    m.weight_hh_l1 = nn.Parameter(m.weight_hh_l1.detach().as_subclass(Marked))
+    y, h = m(ramp(4, 2, 3))
+    return [y.as_subclass(Tensor), h.as_subclass(Tensor), torch.rand(1)]
+
+
+@use
 def truncated_backpropagation(make: Make) -> Any:
     m, state = make(nn.LSTMCell(3, 5)), None
     for part in ramp(4, 3, 2, 3):
@@ -644,6 +666,18 @@ def a_weight_written_to_before_backward(make: Make) -> Any:
     with torch.no_grad():
         m.weight_hh_l0.mul_(2)
     y.sum().backward()
+
+
+@use
+def inference_tensors_that_no_gradient_needs(make: Make) -> Any:
+    with torch.inference_mode():
+        x = ramp(4, 2, 3)
+    found = list[Any]()
+    for m, given in ((make(nn.GRU(3, 5)), x), (make(nn.LSTMCell(3, 5)), x[0]), (make(nn.GRUCell(3, 5)), x[0])):
+        h = (ramp(2, 5) if given.dim() == 2 else ramp(1, 2, 5)).requires_grad_()
+        m.requires_grad_(False)
+        found.append(torch.autograd.grad(flat(m(given, (h, h) if isinstance(m, nn.LSTMCell) else h))[0].sum(), h))
+    return found
 
 
 @use
@@ -801,13 +835,23 @@ def mutations_allowed(make: Make) -> Any:
 
 
 @use
+def random_masks_in_a_transform_that_forbids_them(make: Make) -> Any:
+    torch.func.vmap(make(lstm(dropout=0.5)))(ramp(3, 4, 2, 3))
+
+
+@use
 def a_weights_forward_derivative(make: Make) -> Any:
-    m = make(nn.GRUCell(3, 5))
-    weight = m.weight_hh.detach()
-    del m.weight_hh
-    with torch.autograd.forward_ad.dual_level():
-        m.weight_hh = torch.autograd.forward_ad.make_dual(weight, torch.ones(15, 5))
-        return list(torch.autograd.forward_ad.unpack_dual(m(ramp(2, 3))))
+    found = list[Any]()
+    for m, x in ((make(nn.GRUCell(3, 5)), ramp(2, 3)), (make(nn.GRU(3, 5)), ramp(4, 2, 3))):
+        name = "weight_hh" if x.dim() == 2 else "weight_hh_l0"
+        weight = getattr(m, name).detach()
+        delattr(m, name)
+        for p in m.parameters():
+            p.requires_grad_(False)
+            with forward_ad.dual_level():
+                setattr(m, name, forward_ad.make_dual(weight, torch.ones(15, 5)))
+                found += forward_ad.unpack_dual(flat(m(x))[0])
+    return found
 
 
 @use
@@ -912,7 +956,8 @@ RAISE = {
     "sparse_input", "nested_input", "a_weight_deleted", "an_unknown_keyword", "an_input_written_to_before_backward",
     "a_cells_state_written_to_before_backward", "a_weight_written_to_before_backward", "states_of_inference_in_training",
     "made_in_inference_mode_for_training", "states_that_are_none", "a_pair_of_states_for_a_gru", "one_state_for_an_lstm_cell", "arrays",
-    "batch_sizes_that_grow", "batch_sizes_in_32_bits", "packed_rows_of_none", "packed_rows_too_wide", "dropout_out_of_range",
+    "random_masks_in_a_transform_that_forbids_them", "batch_sizes_that_grow", "batch_sizes_in_32_bits", "packed_rows_of_none", "packed_rows_too_wide",
+    "dropout_out_of_range",
 }  # fmt: skip
 
 
