@@ -543,6 +543,30 @@ def test_installation_covers_old_models_and_ends() -> None:
     assert nn.RNNBase._weights_have_changed is before
 
 
+def test_nested_installations_give_back_what_each_has_taken() -> None:
+    cell, x, h = nn.GRUCell(3, 5), torch.zeros(2, 3), torch.zeros(2, 5)
+
+    def taken() -> tuple[bool, bool]:
+        return is_ours(cell(x)), is_ours(torch.gru_cell(x, h, *cell.parameters()))
+
+    seen = [taken()]
+    for outer in (False, True):
+        with fast.installed(outer):
+            seen.append(taken())
+            with contextlib.suppress(ZeroDivisionError), fast.installed(not outer):
+                seen.append(taken())
+                raise ZeroDivisionError
+            seen.append(taken())
+        seen.append(taken())
+    fast.install(True)
+    fast.install()
+    seen.append(taken())
+    fast.uninstall()
+    fast.uninstall()
+    none, modules, everything = (False, False), (True, False), (True, True)
+    assert [*seen, taken()] == [none, modules, everything, modules, none, everything, everything, everything, none, everything, none]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_what_is_not_plain_memory_goes_to_torch() -> None:
@@ -778,6 +802,20 @@ def test_compilable_modules_are_differentiable_twice(name: str) -> None:
         return tuple(flat(m(x)))
 
     assert torch.autograd.gradgradcheck(run, (x, *m.parameters()), nondet_tol=0.0, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_third_derivatives_equal_torchs(name: str) -> None:
+    a, b = twins(name, 2, 3, dtype=torch.float64)
+    found = []
+    for m in (a, b, fast.compilable(copy.deepcopy(a))):
+        x = torch.linspace(-1, 1, 8 if name in LAYERS else 4, dtype=torch.float64).reshape((2, 2, 2) if name in LAYERS else (2, 2)).requires_grad_()
+        d = flat(m(x))[0]
+        for _ in range(2):
+            (d,) = torch.autograd.grad(d.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(d.square().sum(), [x, *m.parameters()]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it
