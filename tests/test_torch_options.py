@@ -286,6 +286,20 @@ def test_own_cells_are_single_steps_of_own_layers(kind: str) -> None:
         fast.to_torch(cell)
 
 
+def test_one_tensor_may_be_both_states_of_own_layers_differentiated_twice() -> None:
+    torch.manual_seed(0)
+    layer, cell, given = fast.LSTM(3, 5, peephole=True, dtype=F64), fast.LSTMCell(3, 5, peephole=True, dtype=F64), torch.randn(1, 2, 5, dtype=F64)
+    x, found = torch.randn(4, 2, 3, dtype=F64), []
+    for run in (lambda h, c: layer(x, (h, c))[0], lambda h, c: cell(x[0], (h[0], c[0]))[0]):
+        for apart in (False, True):
+            h = given.clone().requires_grad_()
+            y = run(h, h.clone() if apart else h)
+            (dh,) = torch.autograd.grad((y * y).sum(), h, create_graph=True)
+            found.append([dh, *torch.autograd.grad((dh * dh).sum(), h)])
+    close(found[0], found[1])
+    close(found[2], found[3])
+
+
 @pytest.mark.parametrize("kind", CELLS_OF)
 def test_own_cells_states_can_be_detached_in_place(kind: str) -> None:
     """As truncated backpropagation does."""

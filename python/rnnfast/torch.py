@@ -177,6 +177,8 @@ def _tidy(t: Any, *, rows: bool = False) -> Any:
         return t
     if t.is_neg():
         t = t.resolve_neg()
+    if t.numel() == 0:  # contiguous to torch, whatever its strides
+        return t.clone(memory_format=torch.contiguous_format)
     if rows and t.dim() and t.stride(-1) == 1:
         return t
     return t.contiguous()
@@ -227,7 +229,7 @@ def _stack(
     low: bool = False,
 ) -> _Result:  # fmt: skip
     """(y, h_T[, c_T]), for one step (h[, c]), or None where torch itself must compute or complain. low: products in bfloat16."""
-    D = 2 if bidirectional else 1
+    D, weights = 2 if bidirectional else 1, tuple(weights)  # a module's list may change while the kernels let other threads run
     grad, threads = _grads(), _threads()
     out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
     if out is None:
@@ -279,7 +281,7 @@ def _layers(
     D = 2 if bidirectional else 1
     each = len(weights) // layers
     states = (h,) if c is None else (h, c)
-    if type(x) is not Tensor or x.dim() != (3 if batch_sizes is None else 2):
+    if type(x) not in (Tensor, nn.Parameter) or x.dim() != (3 if batch_sizes is None else 2):
         return None
     if any(not isinstance(s, Tensor) or s.dim() != 3 or s.shape[0] != layers * D for s in states):
         return None
@@ -478,6 +480,7 @@ def _lstm_cell(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh
 
 def _cell_function(name: str) -> Callable[..., Any]:
     cell = _LAYERS[name]
+
     @_eager
     def step(input: Any, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None, b_hh: Any = None) -> Any:
         out = _cell(cell, input, hx, None, (w_ih, w_hh, b_ih, b_hh))
@@ -921,12 +924,12 @@ class _Ours(nn.Module):
         """Among rnnfast.functional's."""
         raise NotImplementedError
 
-    def _as_torch(self, input: Any, hx: Any) -> Any:
+    def _as_torch(self, input: Any, hx: Any, **own: Any) -> Any:
         """torch's own forward over our functions; a leaf for torch.fx, and a part of Dynamo's graph, as torch's modules are."""
         if isinstance(input, torch.fx.Proxy):
             given = (input,) if hx is None else (input, hx)
             tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), given, own)
         return _forwards[self._base](self, input, hx)
 
     def _extend(self, shapes: dict[str, tuple[int, ...]], forget_bias: float = 0.0) -> None:
@@ -1014,7 +1017,7 @@ class _Layer(_Ours, nn.RNNBase):
                     return out[0], out[1:] if paired else out[1]
             return self._as_torch(input, hx)
         if isinstance(input, torch.fx.Proxy):
-            return self._as_torch(input, hx)
+            return self._as_torch(input, hx, **({} if reset is None else {"reset": reset}), **({"cells": cells} if cells else {}))
         frozen = self._frozen
         if frozen is not None and reset is None and not cells:
             if frozen.is_small:
