@@ -121,6 +121,8 @@ def test_one_row_over_big_weights(name: str) -> None:
     try:
         torch.set_num_threads(1)
         one, two = (flat(m(x[..., :rows, :]))[0] for rows in (1, 2))
+        with fast.installed(aten=True):  # torch's operation is ours then
+            torch.testing.assert_close(flat(m(x[..., :1, :]))[0], one, rtol=2e-5, atol=2e-5)
         torch.set_num_threads(2)
         shared = flat(m(x[..., :1, :]))[0]
     finally:
@@ -816,6 +818,22 @@ def test_third_derivatives_equal_torchs(name: str) -> None:
         found.append(torch.autograd.grad(d.square().sum(), [x, *m.parameters()]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's own
+@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
+def test_compilable_modules_are_torchs_to_tracers_and_forward_derivatives(name: str) -> None:
+    a = {**LAYERS, **CELLS}[name][0](3, 5).requires_grad_(False)
+    x = torch.randn(*((4, 2, 3) if name in LAYERS else (2, 3)))
+    b = fast.compilable(copy.deepcopy(a))
+    traced = torch.jit.trace(b, x)
+    assert "rnnfast::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(flat(traced(x)), flat(a(x)))
+    found = []
+    for m in (a, b):
+        with torch.autograd.forward_ad.dual_level():
+            found.append(torch.autograd.forward_ad.unpack_dual(flat(m(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))))[0]))
+    torch.testing.assert_close(tuple(found[1]), tuple(found[0]))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks at it

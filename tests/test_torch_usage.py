@@ -785,6 +785,12 @@ def functions_called_by_name(make: Make) -> Any:
 
 
 @use
+def biases_that_are_not_spoken_of(make: Make) -> Any:
+    make(lstm())
+    torch._VF.gru(ramp(4, 2, 3), ramp(1, 2, 5), [ramp(15, 3), ramp(15, 5), ramp(15), ramp(15)], False, 1, 0.0, False, False, False)
+
+
+@use
 def norms_of_old(make: Make) -> Any:
     m, cell, out = make(lstm()), make(nn.LSTMCell(3, 5)), list[Any]()
     nn.utils.weight_norm(m, "weight_hh_l0")
@@ -952,12 +958,12 @@ def dropout_out_of_range(make: Make) -> Any:
 
 
 RAISE = {
-    "backward_twice_without_the_graph", "inference_tensors_in_training", "rows_without_steps", "packed_rows_and_a_state_of_others", "whole_numbers",
-    "sparse_input", "nested_input", "a_weight_deleted", "an_unknown_keyword", "an_input_written_to_before_backward",
-    "a_cells_state_written_to_before_backward", "a_weight_written_to_before_backward", "states_of_inference_in_training",
-    "made_in_inference_mode_for_training", "states_that_are_none", "a_pair_of_states_for_a_gru", "one_state_for_an_lstm_cell", "arrays",
-    "random_masks_in_a_transform_that_forbids_them", "batch_sizes_that_grow", "batch_sizes_in_32_bits", "packed_rows_of_none", "packed_rows_too_wide",
-    "dropout_out_of_range",
+    "backward_twice_without_the_graph", "biases_that_are_not_spoken_of", "inference_tensors_in_training", "rows_without_steps",
+    "packed_rows_and_a_state_of_others", "whole_numbers", "sparse_input", "nested_input", "a_weight_deleted", "an_unknown_keyword",
+    "an_input_written_to_before_backward", "a_cells_state_written_to_before_backward", "a_weight_written_to_before_backward",
+    "states_of_inference_in_training", "made_in_inference_mode_for_training", "states_that_are_none", "a_pair_of_states_for_a_gru",
+    "one_state_for_an_lstm_cell", "arrays", "random_masks_in_a_transform_that_forbids_them", "batch_sizes_that_grow", "batch_sizes_in_32_bits",
+    "packed_rows_of_none", "packed_rows_too_wide", "dropout_out_of_range",
 }  # fmt: skip
 
 
