@@ -1034,6 +1034,9 @@ DLTensor borrow(PyObject* o) {
     throw Declined{};
   }
   if (t.device != CPU || t.lanes != 1) throw Declined{};
+  int64_t numbers = 1;
+  for (int32_t i = 0; i < t.ndim; ++i) numbers *= t.shape[i];
+  if (!t.data && numbers != 0) throw Declined{};  // torch has tensors of zeros without memory
   t.data = static_cast<char*>(t.data) + t.offset;
   return t;
 }

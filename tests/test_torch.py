@@ -588,6 +588,8 @@ def test_what_is_not_plain_memory_goes_to_torch() -> None:
         assert fast.GRU(3, 5, device="meta")(torch.zeros(4, 2, 3, device="meta"))[0].shape == (4, 2, 5)
         with torch.device("cpu"):
             assert is_ours(m(x))
+        nothing = torch._efficientzerotensor((4, 2, 3))  # zeros without memory, as derivatives may be
+        torch.testing.assert_close(m(nothing)[0], m(torch.zeros(4, 2, 3))[0], rtol=2e-5, atol=2e-5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about torch
             program = torch.export.export(m, (x,))
