@@ -48,9 +48,7 @@ class Row:
 
     def __str__(self) -> str:
         value = f"{self.value:6.1%}" if self.kind == "share" else f"{self.value:5.2f}x"
-        target = (
-            "" if self.target is None else (f"{self.target:.0%}" if self.kind == "share" else f"{self.target:.2f}x")
-        )
+        target = "" if self.target is None else (f"{self.target:.0%}" if self.kind == "share" else f"{self.target:.2f}x")
         return f"{self.what:<44} {self.mode:<9} {self.ms:9.3f} ms {value} {target:>6} {'SHORT' if self.short else ''}".rstrip()
 
 
