@@ -1,8 +1,8 @@
 """rnnfast's language model against the same in torch, one after the other, for the same time, on the same held-out
 bytes.
 
-    python bench/compare_lm.py                      # rnnfast lm train with its defaults, then torch for as long as
-    that took python bench/compare_lm.py --steps 40           # a smoke test
+    python bench/compare_lm.py                      # rnnfast lm train with its defaults, then torch for as long
+    python bench/compare_lm.py --steps 40           # a smoke test
 
 rnnfast runs as a user runs it, through its command line; torch then trains for as long as rnnfast's steps took.
 Starting up, samples and judging count for neither. Prints held-out bits per byte of each; exits 1 unless rnnfast is

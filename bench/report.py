@@ -252,7 +252,9 @@ def _grid_section(grid: Sequence[Shape], every: Sequence[Claim], plots: dict[str
     for name, caption in plots.items():
         lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
     short = sorted((s for s in compared if s.short), key=lambda s: s.best["ratio"] if s.best else 0)
+    excused = sum(s.best["ratio"] < LEVEL and not s.short for s in compared if s.best)
     lines += [f"### Shapes where a peer is faster: {len(short)} of {len(compared)}", ""]
+    lines += [f"With a ratio below {LEVEL}; {excused} more whose peer is itself at {NEAR_THE_ROOF:.0%} of the roof or above are not counted.", ""]
     return lines + (table(["shape", *COLUMNS], map(_row, short)) if short else [])
 
 

@@ -1,11 +1,11 @@
 """How two libraries are timed on one machine without fooling anyone.
 
 A `Side` is one library in one mode on one thread count, ready to run. Sides run in *blocks*: a settle (thread pools
-that still spin after a call go to sleep), one call that does not count, then calls of which the median counts; a call
-that takes long counts at once. Blocks of the sides alternate, so that all meet the machine's good and bad moments, and
-each side's fastest block counts: what else runs on a core, or on the core that a virtual one shares, only ever adds
-(Chen and Revels, "Robust benchmarking in noisy environments", 2016). Before every call the side's weights are written
-in place and the input is another one, so that nothing remembered can look free. Knows no library.
+that still spin after a call go to sleep), one call that does not count, then calls of which the median counts. Blocks
+of the sides alternate, so that all meet the machine's good and bad moments, and each side's fastest block counts: what
+else runs on a core, or on the core that a virtual one shares, only ever adds (Chen and Revels, "Robust benchmarking in
+noisy environments", 2016). Before every call the input is another one, and where a side's weights may change one is
+written in place, so that nothing remembered can look free. Knows no library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 SETTLE = 0.012  # seconds of quiet before a block: other libraries' pools spin after a call, onnxruntime's for 40 ms
 PATIENCE = 0.5  # seconds after which a pool that still spins is taken for its library's way of waiting
 INPUTS = 4  # rotated
-LONG = 0.4  # seconds: a call that takes longer counts from the first, needs no second trial and no more than two rounds
+LONG = 0.4  # seconds: longer calls need no second trial; two rounds do where all sides' are, or for one that takes twice as long as another
 
 
 @dataclasses.dataclass
@@ -99,8 +99,8 @@ def settle() -> None:
         quiet = time.process_time() - before < SETTLE / 20
 
 
-def block(side: Side, seconds: float, first: int) -> tuple[float, int]:
-    """Median seconds a call over at least one call and about `seconds`; and the number of the next call."""
+def block(side: Side, seconds: float, first: int, cold: bool = False) -> tuple[float, int]:
+    """Median seconds a call over at least one call and about `seconds`; and the number of the next call. `cold`: a first LONG call counts."""
     side.enter()
     settle()
     k = first
@@ -112,7 +112,7 @@ def block(side: Side, seconds: float, first: int) -> tuple[float, int]:
         return time.perf_counter() - start
 
     warm = timed(k)
-    if warm > LONG:
+    if cold and warm > LONG:
         return warm, k + 1
     times: list[float] = []
     until = time.perf_counter() + seconds
@@ -128,7 +128,7 @@ def fastest(sides: Sequence[Side], seconds: float = 0.03) -> Side:
         return sides[0]
 
     def trial(side: Side) -> float:
-        first = block(side, seconds, 0)[0]
+        first = block(side, seconds, 0, cold=True)[0]
         return first if first > LONG else min(first, block(side, seconds, 0)[0])
 
     return min(sides, key=trial)
@@ -140,9 +140,11 @@ def alternate(sides: Sequence[Side], rounds: int = 7, seconds: float = 0.03) -> 
     k = 0
     for r in range(rounds):
         order = timings[r % len(timings) :] + timings[: r % len(timings)]
+        least = min((timing.seconds for timing in timings), default=0.0) if r else 0.0
         for timing in order:
-            if r < 2 or timing.seconds <= LONG:
-                figure, k = block(timing.side, seconds, k)
+            done = r > 0 and (least > LONG or timing.seconds > max(LONG, 2 * least))  # LONG like all, or far behind
+            if r < 2 or not done:
+                figure, k = block(timing.side, seconds, k, cold=done)
                 timing.blocks.append(figure)
     return timings
 

@@ -7,7 +7,8 @@ backward); packed training; halves; a model with torch's layers around ours; the
 torch's seconds, ours under install() and as our module, in inference also frozen, and the ratio torch / ours under install() (above 1: ours is
 faster); blocks alternate, and each side's fastest counts. At the end, what falls short: a ratio that is less than level (0.97), or less
 than 0.95 of a target, and seconds above a budget.
-With --out the lines go to a file too, and what it has already is not measured again, so that --seconds splits the whole into runs of that length.
+With --out the lines go to a file too, and what it has already of this build is not measured again, so that --seconds splits the whole into runs of
+that length.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import rnnfast.torch as fast
 import torch
+from limits import identity
 from report import AGAINST_TORCH, LEVEL, NAMES
 from shapes import TRAINING
 from torch import nn
@@ -41,14 +43,14 @@ def tensors(out: Any) -> list[torch.Tensor]:
 
 
 def block(run: Run, module: nn.Module, seconds: float) -> float:
-    """Seconds a call, the median of as many as fit, without the first, unless one is all that fits."""
+    """Seconds a call, the median of as many as fit, at least one after a first that does not count."""
     took: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(took) == 0:
+    while time.perf_counter() < end or len(took) < 2:
         start = time.perf_counter()
         run(module)
         took.append(time.perf_counter() - start)
-    return statistics.median(took[1:] or took)
+    return statistics.median(took[1:])
 
 
 class Table:
@@ -58,7 +60,8 @@ class Table:
         self.rounds, self.seconds, self.only, self.out, self.end = rounds, seconds, only, out, time.perf_counter() + most
         self.short, self.left = list[str](), 0
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out is not None and out.exists() else []
-        self.done: dict[str, dict[str, Any]] = {line["name"]: line for line in lines if line["threads"] == torch.get_num_threads()}
+        self.same = {"threads": torch.get_num_threads(), "kernels": identity()["kernels"]}
+        self.done: dict[str, dict[str, Any]] = {line["name"]: line for line in lines if all(line.get(k) == v for k, v in self.same.items())}
 
     def compare(self, name: str, module: nn.Module, run: Run, budget: dict[str, float] | None = None, least: float = LEVEL, tolerance: float = 1e-3) -> None:
         """torch, ours under install, ours as a module, and frozen where no gradient is wanted; budget: seconds that a side may take at most."""
@@ -99,7 +102,7 @@ class Table:
     def keep(self, name: str, sides: dict[str, list[float]]) -> dict[str, Any]:
         """Prints a line, and writes it down."""
         best = {side: min(took) for side, took in sides.items()}
-        line = {"name": name, "threads": torch.get_num_threads(), **best, "ratio": round(best["torch"] / best["installed"], 2)}
+        line = {"name": name, **self.same, **best, "ratio": round(best["torch"] / best["installed"], 2)}
         print(json.dumps(line), flush=True)
         if self.out is not None:
             with self.out.open("a") as file:
@@ -108,7 +111,7 @@ class Table:
 
 
 def training(x: Any, hx: Any = None) -> Run:
-    """Forward and backward; returns y and every parameter's gradient."""
+    """Forward and backward; returns y, x's gradient where it has one, and every parameter's."""
 
     def run(module: nn.Module) -> Any:
         module.zero_grad()
@@ -116,7 +119,8 @@ def training(x: Any, hx: Any = None) -> Run:
             x.grad = None
         out = tensors(module(x, hx))
         out[0].backward(torch.ones_like(out[0]))
-        return [out[0].detach(), *(p.grad for p in module.parameters())]
+        inputs = [x.grad] if isinstance(x, torch.Tensor) and x.requires_grad else []
+        return [out[0].detach(), *inputs, *(p.grad for p in module.parameters())]
 
     return run
 

@@ -2,6 +2,7 @@
 //
 // Everything that can be wrong is said here, with the name, the symbolic shape and the numbers; below this file nothing throws. NumPy owns
 // every array that the caller sees; scratch is reused from call to call.
+#include <pthread.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -98,6 +99,16 @@ class Buffer {
   void* data_ = nullptr;
 };
 
+// What Pool and Packs are guarded by, for moments. A fork takes it, so that no child inherits it from a thread that the child does not
+// have.
+std::mutex& shelf_lock() {
+  static std::mutex* lock = [] {
+    pthread_atfork([] { shelf_lock().lock(); }, [] { shelf_lock().unlock(); }, [] { shelf_lock().unlock(); });
+    return new std::mutex;
+  }();
+  return *lock;
+}
+
 class Pool {  // leaked: calls may still run while static objects are destroyed
  public:
   static Pool& get() {
@@ -106,7 +117,7 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
   }
   Buffer take(size_t bytes) {
     {
-      const std::lock_guard<std::mutex> hold(lock_);
+      const std::lock_guard<std::mutex> hold(shelf_lock());
       auto best = free_.end();
       for (auto b = free_.begin(); b != free_.end(); ++b)  // the latest of the smallest: a cache may still hold it
         if (b->size() >= bytes && b->size() <= 2 * bytes + (1 << 16) && (best == free_.end() || b->size() <= best->size())) best = b;
@@ -119,13 +130,12 @@ class Pool {  // leaked: calls may still run while static objects are destroyed
     return Buffer(bytes);
   }
   void give(Buffer b) {
-    const std::lock_guard<std::mutex> hold(lock_);
+    const std::lock_guard<std::mutex> hold(shelf_lock());
     if (free_.size() >= 24) free_.erase(free_.begin());
     free_.push_back(std::move(b));
   }
 
  private:
-  std::mutex lock_;
   std::vector<Buffer> free_;
 };
 
@@ -349,13 +359,13 @@ class Packs {
  public:
   using Held = std::shared_ptr<Buffer>;
   Held find(int units, Compute compute) {
-    const std::lock_guard<std::mutex> hold(lock_);
+    const std::lock_guard<std::mutex> hold(shelf_lock());
     for (const Entry& e : entries_)
       if (e.table == &kernels() && e.units == units && e.compute == compute) return e.held;
     return nullptr;
   }
   void keep(int units, Compute compute, Held held) {
-    const std::lock_guard<std::mutex> hold(lock_);
+    const std::lock_guard<std::mutex> hold(shelf_lock());
     entries_.push_back({&kernels(), units, compute, std::move(held)});
   }
 
@@ -366,7 +376,6 @@ class Packs {
     Compute compute;
     Held held;
   };
-  std::mutex lock_;
   std::vector<Entry> entries_;
 };
 
@@ -385,12 +394,6 @@ struct Call {
     const Plan p = plan(kind, dtype, job, most);
     row_groups = p.row_groups;
     rnnfast::run(p.workers, task, this, prepare);
-    give_back();
-  }
-  // Without a team.
-  void run_alone() {
-    prepare(this, 1);
-    task(this, 0, 1, nullptr, nullptr);
     give_back();
   }
   void give_back() {
@@ -440,13 +443,15 @@ void run_together(std::vector<Call>& calls) {
   Call* both[2] = {&a, &b};
   const Task each = [](void* data, int id, int count, void (*)(void*), void*) {
     Call** calls = static_cast<Call**>(data);
-    for (int i = id; i < 2; i += count) calls[i]->run_alone();
+    for (int i = id; i < 2; i += count) Call::task(calls[i], 0, 1, nullptr, nullptr);
   };
-  rnnfast::run(2, each, both, [](void*, int) {});
+  rnnfast::run(2, each, both, [](void* data, int) {  // here, since what throws on another thread ends the process
+    for (int i = 0; i < 2; ++i) Call::prepare(static_cast<Call**>(data)[i], 1);
+  });
+  a.give_back(), b.give_back();
 }
 
-// ---- one layer, in one direction or both
-// --------------------------------------------------------------------------------------------------
+// ---- one layer, in one direction or both ------------------------------------------------------------------------------------------------
 
 using Weights = std::vector<Array>;  // w_ih, w_hh, b_ih, b_hh, peep, w_hr, b_hr
 using Indices = py::array_t<int64_t, py::array::c_style>;
@@ -502,6 +507,7 @@ Checker take_weights(Job& j, CellKind kind, const Weights& w, const py::tuple& n
   j.peep = check(w[4], name(4), "(3, H)", {3, j.H});
   j.w_hr = check(w[5], name(5), "(R, H)", {j.R, j.H});
   j.b_hr = check(w[6], name(6), "(R,)", {j.R});
+  if (w[6] && !j.projected) check.refuse(name(6), " goes with a projection, weight_hr, and only with it");
   if ((kind == LSTM_PEEPHOLE) != w[4].has_value()) check.refuse(name(4), " goes with the cell lstm_peephole, and only with it");
   if (kind == GRU_RESET_BEFORE && (j.projected || taps > 1))
     fail(who + "reset_after=False has no projection and no output taps: r multiplies an H-wide h");
@@ -573,13 +579,15 @@ class Run {
     py::array a = l.packed ? py::array(check.dtype, {l.tokens(), n}) : py::array(check.dtype, {l.T, l.B, n});
     if (!l.ragged || l.packed) return a;
     void* const first = a.mutable_data();
-    const auto clear = [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t r = l.active[static_cast<size_t>(t)]; r < l.B; ++r)
-          std::memset(at(first, (t * l.B + l.index[static_cast<size_t>(r)]) * n), 0, static_cast<size_t>(n) * item());
+    const auto clear = [&](int64_t begin, int64_t end) {  // of the places past the ends, in the order of time
+      for (int64_t t = 0; t < l.T; ++t) {
+        const int64_t rows = l.active[static_cast<size_t>(t)], before = t * l.B - l.start[static_cast<size_t>(t)];
+        for (int64_t i = std::max(begin - before, int64_t{0}); i < std::min(end - before, l.B - rows); ++i)
+          std::memset(at(first, (t * l.B + l.index[static_cast<size_t>(rows + i)]) * n), 0, static_cast<size_t>(n) * item());
+      }
     };
     const Unlocked unlocked;
-    divide(l.T, GRAIN / std::max<int64_t>(l.B * n, 1), clear, most);
+    divide(l.T * l.B - l.tokens(), GRAIN / std::max<int64_t>(n, 1), clear, most);
     return a;
   }
 
@@ -698,7 +706,9 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
   void* dh_0_at = run.slice(dh_0, "dh_0", "(L*D, B, R)", B, S);
   void* dc_0_at = run.slice(dc_0, "dc_0", "(L*D, B, H)", B, H);
   std::vector<Array> dx;
+  std::vector<Weights> out_of;  // keeps what the dict holds now: another thread may change it during the call
   py::list dresets;
+  out_of.reserve(run.D);
   for (size_t d = 0; d < run.D; ++d) {
     Job& j = jobs[d];
     const auto k = static_cast<int64_t>(d);
@@ -714,7 +724,7 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
       dresets.append(py::make_tuple(std::move(dreset_h), std::move(dreset_c)));
     }
     const py::tuple names = run.names[d];
-    Weights g = find(gradients, names, family(check.kind));
+    Weights& g = out_of.emplace_back(find(gradients, names, family(check.kind)));
     const auto out = [&](size_t i, const void* weight, const char* symbols, Shape shape) {
       if (!weight) g[i].reset();
       return check.out(g[i], Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i)), true), symbols, shape);
@@ -771,6 +781,7 @@ class Stream {
     if (shape_of(x) != want) fail(who() + "stream: x must have shape (B, I) = " + tuple_text(want) + ", got " + tuple_text(shape_of(x)));
     check_->type(x, "stream: x");
     if (x.shape(1) > 1 && x.strides(1) != x.itemsize()) fail(who() + "stream: x must be contiguous in its last axis");
+    if (x.strides(0) % x.itemsize()) fail(who() + "stream: x must have strides that are multiples of its item size");
     const py::ssize_t width = skip_ ? static_cast<py::ssize_t>(layers_.size()) * first.R : first.R;
     if (!out) {
       out = py::array(check_->dtype, {layout_.B, width});
@@ -842,9 +853,14 @@ class Stream {
       if (c) std::memcpy(layers_[i].c.data(), c->data(static_cast<py::ssize_t>(i)), c_bytes());
     }
   }
-  void reset(const std::optional<py::array_t<bool>>& mask) {
-    if (mask && (mask->ndim() != 1 || mask->shape(0) != layout_.B))
-      fail(who() + "stream: mask must be bool of shape (B,) = " + tuple_text({layout_.B}));
+  void reset(const std::optional<py::object>& which) {
+    std::optional<py::array_t<bool>> mask;
+    if (which) {
+      const py::array given = py::array::ensure(*which);
+      if (!given || given.dtype().kind() != 'b' || given.ndim() != 1 || given.shape(0) != layout_.B)
+        fail(who() + "stream: mask must be bool of shape (B,) = " + tuple_text({layout_.B}));
+      mask = given;
+    }
     for (size_t i = 0; i < layers_.size(); ++i)
       for (int64_t b = 0; b < layout_.B; ++b) {
         if (mask && !mask->at(b)) continue;
@@ -855,11 +871,14 @@ class Stream {
   std::unique_ptr<Stream> copy() const {
     auto twin = std::make_unique<Stream>(cell_, weights_, compute_, layout_.B, taps_, skip_, live_h_, live_c_);
     twin->fresh_h_ = fresh_h_, twin->fresh_c_ = fresh_c_;
+    twin->table_ = table_;  // of the snapshot, whatever the target is today
     for (size_t i = 0; i < layers_.size(); ++i) {
-      twin->weights_ = weights_;
-      std::memcpy(twin->layers_[i].h.data(), layers_[i].h.data(), h_bytes());
-      if (pair()) std::memcpy(twin->layers_[i].c.data(), layers_[i].c.data(), c_bytes());
-      std::memcpy(twin->layers_[i].packs.data(), layers_[i].packs.data(), layers_[i].packs.size());  // the snapshot, not today's weights
+      const Layer& from = layers_[i];
+      Layer& to = twin->layers_[i];
+      std::memcpy(to.h.data(), from.h.data(), h_bytes());
+      if (pair()) std::memcpy(to.c.data(), from.c.data(), c_bytes());
+      to.packs = Buffer(from.packs.size()), to.scratch = Buffer(from.scratch.size());
+      std::memcpy(to.packs.data(), from.packs.data(), from.packs.size());
     }
     return twin;
   }
@@ -975,8 +994,7 @@ class Stream {
   const Kernels* table_ = nullptr;
 };
 
-// ---- a whole stack of layers over another library's tensors
-// --------------------------------------------------------------------------------
+// ---- a whole stack of layers over another library's tensors -----------------------------------------------------------------------------
 //
 // DLPack's C exchange reads a tensor in tens of nanoseconds and makes new ones, without linking to the library. What these two functions
 // cannot take (another device, layout, dtype or shape) they decline by returning None: the caller then lets the library itself compute or
@@ -1441,8 +1459,10 @@ std::pair<Doubles, Doubles> softmax(const py::array& logits, const Indices& targ
                   gradient ? gradient->mutable_data() : nullptr,
                   sums.mutable_data(),
                   picked.mutable_data()};
-  const Unlocked unlocked;
-  divide(n, GRAIN / std::max<int64_t>(V, 1), [&](int64_t begin, int64_t end) { kernels().softmax(dtype, s, begin, end); });
+  {
+    const Unlocked unlocked;
+    divide(n, GRAIN / std::max<int64_t>(V, 1), [&](int64_t begin, int64_t end) { kernels().softmax(dtype, s, begin, end); });
+  }
   return {sums, picked};
 }
 

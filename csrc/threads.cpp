@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdio>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -126,11 +127,19 @@ struct Region {
 
 class Team {
  public:
-  void run(int count, Task task, void* data) {
-    while (static_cast<int>(threads_.size()) < count - 1) {
-      const int id = static_cast<int>(threads_.size()) + 1;
-      threads_.emplace_back([this, id, seen = generation_.load()] { work(id, seen); });
+  // Are there so many threads, the caller counted? The system may refuse to start one.
+  bool grow(int count) {
+    try {
+      while (static_cast<int>(threads_.size()) < count - 1) {
+        const int id = static_cast<int>(threads_.size()) + 1;
+        threads_.emplace_back([this, id, seen = generation_.load()] { work(id, seen); });
+      }
+    } catch (const std::system_error&) {
+      return false;
     }
+    return true;
+  }
+  void run(int count, Task task, void* data) {
     task_ = task, data_ = data, count_ = count;
     barrier_.count = static_cast<unsigned>(count);
     running_.store(static_cast<unsigned>(threads_.size()), std::memory_order_relaxed);
@@ -225,11 +234,12 @@ int thread_count() {
   int n = wanted.load();
   if (n > 0) return n;
   n = positive("RNNFAST_NUM_THREADS");
-  bound.store(n > 0 ? n : hardware_threads());
+  int unset = 0;  // unless another thread has set it meanwhile
+  bound.compare_exchange_strong(unset, n > 0 ? n : hardware_threads());
   if (n == 0) n = positive("OMP_NUM_THREADS");
   if (n == 0) n = hardware_threads();
-  wanted.store(n);
-  return n;
+  unset = 0;
+  return wanted.compare_exchange_strong(unset, n) ? n : unset;
 }
 
 bool cores_are_busy() { return now() < busy_until.load(std::memory_order_relaxed); }
@@ -258,7 +268,8 @@ void set_thread_count(int n) {
 }
 
 void lend_threads(OpenMP team) {
-  the_team();  // a fork's child must forget the loan even where its parent never ran on it
+  // The team of this process, even where it never ran: a fork's child must forget the loan.
+  const std::lock_guard<std::mutex> hold(the_team().busy);
   lent = team;
   is_lent.store(team.parallel != nullptr, std::memory_order_release);
 }
@@ -268,12 +279,15 @@ void run(int most, Task task, void* data, void (*prepare)(void*, int)) {
     Shared& s = the_team();
     if (s.busy.try_lock()) {
       const std::lock_guard<std::mutex> hold(s.busy, std::adopt_lock);
-      prepare(data, most);
-      if (!is_lent.load(std::memory_order_acquire)) {
-        s.team.run(most, task, data);
-        return;
+      const bool by_lent = is_lent.load(std::memory_order_acquire);
+      if (by_lent || s.team.grow(most)) {
+        prepare(data, most);
+        if (!by_lent) {
+          s.team.run(most, task, data);
+          return;
+        }
+        if (Region{task, data, most}.run()) return;
       }
-      if (Region{task, data, most}.run()) return;
     }
   }
   Barrier alone;

@@ -44,6 +44,11 @@ def test_parameter_of_a_wrong_shape(name: str, shape: tuple[int, ...], message: 
         functional.forward("lstm", X, None, LSTM | {name: zeros(*shape)})
 
 
+def test_a_bias_of_no_projection() -> None:
+    with pytest.raises(ValueError, match="bias_hr_l0 goes with a projection, weight_hr"):
+        functional.forward("lstm", X, None, LSTM | {"bias_hr_l0": zeros(5)})
+
+
 def test_shape_in_the_message_is_the_users() -> None:
     params = {"weight_ih_l0": zeros(1024, 256), "weight_hh_l0": zeros(1024, 128)}
     message = "lstm: weight_hh_l0 must have shape (4*H, H) = (1024, 256), got (1024, 128)"
@@ -292,6 +297,24 @@ def test_bidirectional_stream() -> None:
 def test_stream_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(1, 3\)"):
         rnnfast.LSTM(3, 5).stream()(zeros(*shape))
+
+
+def test_stream_of_rows_that_no_stride_reaches() -> None:
+    records = np.zeros(2, [("x", "f4", 3), ("flag", "u1")])
+    with pytest.raises(ValueError, match="strides that are multiples of its item size"):
+        rnnfast.LSTM(3, 5).stream(batch=2)(records["x"])
+
+
+@pytest.mark.parametrize("mask", [[0, 1], np.array([True]), [1.0, 0.0], True, [[True, False]]])
+def test_stream_reset_by_what_is_no_mask(mask: Any) -> None:
+    stream = rnnfast.LSTM(3, 5).stream(batch=2)
+    stream(zeros(2, 3) + 1)
+    before = stream.state[0]
+    with pytest.raises(ValueError, match=re.escape("mask must be bool of shape (B,) = (2,)")):
+        stream.reset(mask)
+    np.testing.assert_array_equal(stream.state[0], before)
+    stream.reset([True, False])
+    assert not stream.state[0][0, 0].any() and stream.state[0][0, 1].any()
 
 
 # ---- Views, read-only arrays, other libraries' arrays ----------------------------------------------------------------

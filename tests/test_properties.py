@@ -250,6 +250,18 @@ def test_copy_of_a_stream_goes_its_own_way(problem: Problem, target: str) -> Non
     assert stream(a.x[1]).tobytes() == y[1].tobytes()
 
 
+def test_copy_of_a_stream_keeps_its_target(target: str) -> None:
+    """Whose order its weights are in, whatever the target has become."""
+    layer = rnnfast.GRU(7, 19, seed=0).eval()
+    stream, x = layer.stream(), np.ones((1, 7), np.float32)
+    expected = layer.stream()(x)
+    for other in rnnfast.targets():
+        rnnfast.use_target(other)
+        twin = stream.copy()
+        assert twin(x).tobytes() == expected.tobytes()
+    rnnfast.use_target(target)
+
+
 @pytest.mark.parametrize("problem", STREAM.values(), ids=STREAM)
 def test_stream_put_back_equals_reset(problem: Problem, target: str) -> None:
     """Some rows or all of them start afresh from h_0."""
