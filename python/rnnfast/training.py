@@ -31,7 +31,7 @@ import numpy as np
 
 from .data import Batch, InputError
 from .module import Array, Module
-from .optim import Optimizer, clip_global_norm
+from .optim import Optimizer, clip_global_norm, global_norm
 
 Loss = Callable[[Any, Any], tuple[float, Any]]
 _COLUMNS = ("step", "epoch", "loss", "validation", "learning_rate", "gradient_norm", "per_second", "seconds")
@@ -405,6 +405,8 @@ def fit(
     for name, count in (counts | {"checkpoint_every": checkpoint_every}).items():
         if count is not None and count < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {count}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"fit: clip must be above 0, got {clip}")
     if patience is not None and validation is None:
         raise ValueError("fit: patience needs a validation")
     if resume and checkpoint is None:
@@ -464,10 +466,9 @@ def fit(
                     model.backward(dy)
                     if replicas is not None:
                         _average(replicas, model)
-                    if clip is not None:
-                        run.gradient_norm = clip_global_norm(model, clip)
-                        if not math.isfinite(run.gradient_norm):
-                            raise FloatingPointError(f"the gradient is not finite at step {run.step}")
+                    run.gradient_norm = global_norm(model) if clip is None else clip_global_norm(model, clip)
+                    if not math.isfinite(run.gradient_norm):
+                        raise FloatingPointError(f"the gradient is not finite at step {run.step}")
                     run.learning_rate = optimizer.rate
                     optimizer.step()
                     run.state = state if stateful else None
