@@ -287,6 +287,23 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
         fit(layer, line(), mean_squared_error, SGD(layer, 0.1), steps=1, checkpoint=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("other", ("optimizer", "streams"))
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path: Path, other: str) -> None:
+    run_of(tmp_path, wave(), steps=2)
+    model, optimizer = net(seed=1)
+    if other == "optimizer":
+        optimizer = SGD(model, 0.1)
+    else:
+        model["d"].generator = np.random.Generator(np.random.MT19937(0))
+    optimizer.step()
+    before, drawn = [leaf.flat.copy() for leaf in model.leaves()], model["a"].generator.bit_generator.state
+    with pytest.raises(CheckpointError, match="is of another model"):
+        fit(model, wave(), mean_squared_error, optimizer, steps=3, checkpoint=tmp_path, resume=True, progress=False)
+    for leaf, flat in zip(model.leaves(), before, strict=True):
+        np.testing.assert_array_equal(leaf.flat, flat)
+    assert optimizer.steps == 1 and model["a"].generator.bit_generator.state == drawn
+
+
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 

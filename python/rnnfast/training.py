@@ -222,6 +222,11 @@ def _each(change: Callable[[Array], Array], state: Any) -> Any:
     return None if state is None else change(np.asarray(state))
 
 
+def _streams(model: Module) -> list[Any]:
+    """The bit generators of a model's random streams."""
+    return [leaf.generator.bit_generator for leaf in model.leaves() if leaf.generator is not None]
+
+
 def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any], replicas: Replicas | None) -> None:
     """The checkpoint is of the whole batch, as one process would have written it."""
     state = run.state if replicas is None else _each(replicas.joined, run.state)
@@ -233,17 +238,23 @@ def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any], r
     counters |= {"sum": run._sum, "count": run._count, "state": _pack(state, arrays, "state")}
     counters["best"] = run.best if math.isfinite(run.best) else None  # JSON has no infinity and no NaN
     counters["rows"] = [{name: v if math.isfinite(v) else None for name, v in row.items()} for row in run.rows]
-    generators = [leaf.generator.bit_generator.state for leaf in run.model.leaves() if leaf.generator is not None]
-    content = {"config": config, "run": counters, "generators": generators}
+    content = {"config": config, "run": counters, "generators": [stream.state for stream in _streams(run.model)]}
     save_checkpoint(folder, run.model.state_dict(), arrays, content)
 
 
 def _restore(run: Run, folder: str | os.PathLike[str], replicas: Replicas | None) -> None:
     weights, arrays, config = load_checkpoint(folder)
-    try:
+
+    def put(weights: Mapping[str, Array], moments: Mapping[str, Array], states: Sequence[Any]) -> None:
         run.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(moments)
+        for stream, state in zip(_streams(run.model), states, strict=True):
+            stream.state = state
+
+    before = run.model.state_dict(), run.optimizer.state_dict(), [stream.state for stream in _streams(run.model)]
+    try:
         start = "optimizer."
-        run.optimizer.load_state_dict({k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)})
+        put(weights, {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)}, config["generators"])
         counters = dict(config["run"])
         run._sum, run._count = counters.pop("sum"), counters.pop("count")
         run.state = _unpack(counters.pop("state"), arrays)
@@ -257,11 +268,8 @@ def _restore(run: Run, folder: str | os.PathLike[str], replicas: Replicas | None
             setattr(run, name, value)
         start = "best."
         run.best_weights = {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)} or None
-        owners = [leaf for leaf in run.model.leaves() if leaf.generator is not None]
-        for leaf, state in zip(owners, config["generators"], strict=True):
-            assert leaf.generator is not None
-            leaf.generator.bit_generator.state = state
     except (KeyError, ValueError, TypeError) as error:
+        put(*before)
         raise CheckpointError(f"the checkpoint in {folder} is of another model: {error}") from error
 
 
@@ -275,10 +283,8 @@ def _average(replicas: Replicas, model: Module) -> None:
 
 def _apart(replicas: Replicas, model: Module) -> None:
     """Random streams of every process's own, from those of the first: a jump commutes with whatever was drawn."""
-    for leaf in model.leaves():
-        if leaf.generator is not None and replicas.rank > 0:
-            generator: Any = leaf.generator.bit_generator
-            generator.state = generator.jumped(replicas.rank).state
+    for stream in _streams(model) if replicas.rank > 0 else ():
+        stream.state = stream.jumped(replicas.rank).state
 
 
 # ---- the loop
