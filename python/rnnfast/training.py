@@ -284,7 +284,11 @@ def _average(replicas: Replicas, model: Module) -> None:
 def _apart(replicas: Replicas, model: Module) -> None:
     """Random streams of every process's own, from those of the first: a jump commutes with whatever was drawn."""
     for stream in _streams(model) if replicas.rank > 0 else ():
+        half = stream.state.get("has_uint32")  # of the latest number drawn one half waits, which a jump forgets
         stream.state = stream.jumped(replicas.rank).state
+        if half:
+            upper = int(stream.advance(-1).random_raw()) >> 32
+            stream.state = stream.state | {"has_uint32": 1, "uinteger": upper}
 
 
 # ---- the loop
