@@ -92,7 +92,24 @@ class Replicas(Protocol):
         """All processes' arrays side by side along axis 1, in order of rank; the same in each."""
 
 
-# ---- checkpoints
+# ---- files
+
+
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, written beside and moved into place, so that it is never half of one; its folder is made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_csv(Path(folder, "a.csv"), [("day", "sold"), (1, 3)])
+    ...     Path(folder, "a.csv").read_text().split()
+    ['day,sold', '1,3']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".writing")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(beside, target)
 
 
 def _write(path: Path, data: bytes) -> dict[str, int]:
@@ -551,14 +568,6 @@ def _add_row(
 
 
 def _write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float]]) -> None:
-    """The whole history, written beside and moved into place; NaN is an empty cell."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".writing")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for row in rows:
-            values = [row[name] for name in _COLUMNS]
-            writer.writerow(["" if v != v else v if isinstance(v, int) else f"{v:.6g}" for v in values])
-    os.replace(beside, target)
+    """The whole history; NaN is an empty cell."""
+    every = [[row[name] for name in _COLUMNS] for row in rows]
+    write_csv(path, [_COLUMNS, *(["" if v != v else v if isinstance(v, int) else f"{v:.6g}" for v in values] for values in every)])
