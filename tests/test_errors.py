@@ -119,6 +119,27 @@ def test_output_gradient_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
         functional.backward(tape, zeros(*shape))
 
 
+def test_resets_with_output_taps_check_what_they_are_given() -> None:
+    """All of it, though such a call is run in parts."""
+    params = {"weight_ih_l0": zeros(5, 3), "weight_hh_l0": zeros(5, 10)}
+    reset = np.array([[False, False], [False, False], [True, False], [False, False]])
+    with pytest.raises(ValueError, match=r"state h must have shape .* = \(1, 2, 10\), got \(1, 1, 10\)"):
+        functional.forward("rnn_tanh", X, zeros(1, 1, 10), params, reset=reset, output_taps=2)
+    _, _, tape = functional.forward("rnn_tanh", X, None, params, reset=reset, output_taps=2)
+    with pytest.raises(ValueError, match=r"dy must have shape .* = \(4, 2, 5\), got \(5, 2, 5\)"):
+        functional.backward(tape, zeros(5, 2, 5))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [(zeros(4, 2, 1), r"shape .* = \(4, 2, 5\), got \(4, 2, 1\)"), (zeros(4, 2, 5, dtype="float64"), "dtype float32, got float64")],
+    ids=["shape", "dtype"],
+)
+def test_dropout_mask_of_a_wrong_kind(mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"lstm: dropout_masks\[0\] must have " + message):
+        functional.forward("lstm", X, None, rnnfast.LSTM(3, 5, 2).parameters(), num_layers=2, dropout_masks=[mask])
+
+
 def test_gradients_of_a_wrong_shape() -> None:
     _, _, tape = functional.forward("lstm", X, None, LSTM)
     gradients = {name: np.zeros_like(value) for name, value in LSTM.items()}
@@ -339,6 +360,15 @@ def test_read_only_gradients_are_not_written() -> None:
     with pytest.raises(ValueError, match=r"writ|read-only"):
         functional.backward(tape, np.ones((4, 2, 5), "float32"), None, gradients)
     assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_learned_states_gradients_stand_where_another_is_refused() -> None:
+    params = LSTM | {"h_0": zeros(1, 1, 5), "c_0": zeros(1, 1, 5)}
+    _, _, tape = functional.forward("lstm", X, None, params)
+    gradients = {name: np.ones_like(value) for name, value in params.items()}
+    with pytest.raises(ValueError, match="gradient of weight_hh_l0"):
+        functional.backward(tape, zeros(4, 2, 5), None, gradients | {"weight_hh_l0": read_only(LSTM["weight_hh_l0"])}, accumulate=False)
+    assert all((gradient == 1).all() for gradient in gradients.values())
 
 
 def reversed_in_memory(array: Any) -> Any:

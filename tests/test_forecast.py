@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rnnfast.cli import main
 from rnnfast.data import InputError
-from rnnfast.forecast import Settings, _windows, forecast_series, read_csv, season_of
+from rnnfast.forecast import Report, Settings, _windows, forecast_series, read_csv, season_of, write_forecast
 
 
 def table(path, n=240):
@@ -75,6 +75,24 @@ def test_command_writes_forecast_and_plot(tmp_path, capsys):
     assert (tmp_path / "out.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "naive" in said and "seasonal-naive" in said
+
+
+def test_the_table_is_not_overwritten(tmp_path, capsys):
+    path = table(tmp_path / "a.csv", 150)
+    (tmp_path / "link.csv").symlink_to(path)
+    before = path.read_bytes()
+    for out in (path, tmp_path / "link.csv"):
+        assert main(["forecast", str(path), "--target", "sold", "--horizon", "5", "--epochs", "1", "--out", str(out)]) == 2
+        assert "overwrite" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_a_forecast_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path, numbers = tmp_path / "out.csv", np.ones(2)
+    write_forecast(path, Report(numbers, numbers, numbers, {}, 1, 1), "sold")
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        write_forecast(path, Report(numbers, numbers, np.array(["?", "?"]), {}, 1, 1), "sold")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

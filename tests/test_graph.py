@@ -288,11 +288,23 @@ def test_a_wrong_dy_costs_nothing() -> None:
     y, _ = net(np.ones((5, 1, 3), np.float32))
     with pytest.raises(ValueError, match=r"dy of 'y' must have shape \(5, 1, 2\), got \(5, 1, 1\)"):
         net.backward(y[..., :1])
+    with pytest.raises(TypeError, match="dy of 'y' must have dtype float32, got float64"):
+        net.backward(y.astype(np.float64))
     with pytest.raises(ValueError, match=r"dstate names \['y\.state'\]"):
         net.backward(y, {"y": y})
     net.backward(y)
     with pytest.raises(RuntimeError, match="Graph: backward without a forward"):
         net.backward(y)
+
+
+def test_a_wrong_dict_of_gradients_costs_nothing() -> None:
+    net = Graph({"a": (linear(), "x"), "b": (linear(), "x")}, outputs=["a", "b"])
+    y, _ = net(np.ones((5, 1, 3), np.float32))
+    with pytest.raises(TypeError, match="dy of 'b' must have dtype float32, got float64"):
+        net.backward({"a": y["a"], "b": y["b"].tolist()})
+    with pytest.raises(TypeError):
+        net.backward(None)
+    net.backward(y)
 
 
 def test_a_user_layer_is_a_module_with_a_call_and_a_backward() -> None:

@@ -78,6 +78,13 @@ def test_an_unknown_byte_costs_unknown_and_which_one() -> None:
     assert abs(model.bits(b"aa!") - (-math.log2(0.5) - math.log2(0.01) + math.log2(252)) / 2) < 1e-5
 
 
+def test_bits_that_fail_leave_the_model_in_its_mode() -> None:
+    model = LanguageModel(Config(layers=1, hidden=4, embedding=2), Alphabet.of(b"abcd"))
+    with pytest.raises(ValueError):
+        model.bits(b"abcd", seq_length=0)
+    assert model.graph.training
+
+
 def test_a_text_that_repeats_costs_next_to_nothing(tmp_path: Path) -> None:
     model = trained(tmp_path, b"abcdefgh" * 400, steps=150, learning_rate=0.02)
     assert model.bits(b"abcdefgh" * 50) < 0.05

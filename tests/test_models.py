@@ -86,6 +86,29 @@ def test_a_tied_table_is_trained_from_both_ends_and_survives_a_copy() -> None:
         TiedLinear(Embedding(4, 2, sparse=True))
 
 
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (TiedLinear(Embedding(4, 2, seed=0)), np.ones((3, 1, 2), np.float32)),
+        (Projections(4, 2, seed=0), {"words": np.array([[1, 2]]), "candidates": np.array([[3, 0, 1]])}),
+        (Columns(), np.ones((1, 2, 3, 4), np.float32)),
+    ],
+    ids=["TiedLinear", "Projections", "Columns"],
+)
+def test_a_wrong_dy_costs_nothing(model, x) -> None:
+    y = model(x)
+    for wrong in (y[..., :-1], y[None], *([] if isinstance(model, Columns) else [y.astype(np.float64)])):  # Columns only move what comes
+        with pytest.raises((TypeError, ValueError), match="dy must"):
+            model.backward(wrong)
+    model.backward(y)
+
+
+def test_a_tied_layer_takes_an_empty_batch() -> None:
+    layer = TiedLinear(Embedding(4, 2, seed=0))
+    y = layer(np.zeros((0, 3, 2), np.float32))
+    assert y.shape == (0, 3, 4) and layer.backward(y).shape == (0, 3, 2)
+
+
 @pytest.mark.parametrize("cutoffs", [[3], [2, 5], [4, 8]], ids=["one cluster", "two", "a cluster of one"])
 def test_an_adaptive_softmax_is_torchs(cutoffs: list[int]) -> None:
     torch = pytest.importorskip("torch")

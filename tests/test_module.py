@@ -271,6 +271,13 @@ def test_a_sparse_embedding_knows_the_rows_it_met() -> None:
     assert [len(part) for part in (layer.rows() or ())[1:]] == [0]
 
 
+def test_a_sparse_embedding_that_met_no_row_has_nothing_to_zero() -> None:
+    layer = Embedding(10, 2, sparse=True)
+    assert layer.rows() is not None
+    layer.zero_gradients()
+    assert layer._flat_gradient is None  # nor is one made
+
+
 @pytest.mark.parametrize("shape", ((0, 3), (3, 0), (0,)), ids=str)
 def test_no_tokens_no_gradient(shape: tuple[int, ...]) -> None:
     layer = Embedding(4, 2)

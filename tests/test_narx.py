@@ -131,7 +131,39 @@ def test_training_without_gradients():
         assert best < before / 4 and abs(score() - best) < 1e-12
 
 
+def test_a_wrong_gradient_costs_nothing():
+    net, rng = model("own"), np.random.default_rng(0)
+    layer, x = net.layer, rng.standard_normal((4, 3, 2))
+    y, state = layer(x)
+    for wrong in (state[0][:, :1], state[0].astype(np.float32)):
+        with pytest.raises(ValueError, match="dstate x_past must have"):
+            layer.backward(y, (wrong, state[1]))
+    assert not layer.flat_gradient.any()
+    layer.backward(y, state)
+    y, _ = net(rng.standard_normal((4, 3, 4)))
+    with pytest.raises(ValueError, match="float64 of shape"):
+        net.backward(y.astype(np.float32))
+    net.backward(y)
+
+
+def test_a_wrong_argument_leaves_a_stream_where_it_was():
+    stream, x = model("own").layer.stream(2), np.ones((2, 2))
+    stream(x)
+    before = stream.state
+    with pytest.raises(ValueError, match="out"):
+        stream(2 * x, np.empty((1, 2)))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        stream.reset([0, 1])
+    for now, then in zip(stream.state, before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    stream.reset([False, True])
+    for now, then in zip(stream.state, before, strict=True):
+        np.testing.assert_array_equal(now, then * np.array([[1], [0]]))
+
+
 def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"lengths must have shape \(B,\) = \(3,\)"):
+        model("own").layer(np.ones((4, 3, 2)), None, [4, 4], np.ones((4, 3), bool))
     with pytest.raises(ValueError, match="true, own, error"):
         model("past")
     with pytest.raises(ValueError, match=r"\(T, B, I \+ O\)"):

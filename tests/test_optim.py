@@ -241,9 +241,15 @@ def test_a_number_out_of_range_is_named(call: Callable[[Module], Any], message: 
 
 
 def test_an_update_in_eval_mode_is_an_error() -> None:
-    layer = vector(2).eval()
+    """Where one layer of several is in eval mode, none is updated."""
+    net = Graph({"a": (Linear(2, 2, seed=0), "x"), "b": (Linear(2, 2, seed=1).eval(), "a")})
+    for leaf in net.leaves():
+        leaf.flat_gradient[:] = 1
+    before, optimizer = net.state_dict(), optim.SGD(net, 0.1)
     with pytest.raises(RuntimeError, match="eval mode"):
-        optim.SGD(layer, 0.1).step()
+        optimizer.step()
+    for name, p in net.parameters().items():
+        np.testing.assert_array_equal(p, before[name])
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
@@ -253,3 +259,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         optimizer.load_state_dict({name: value for name, value in state.items() if name != "mean.0"})
     with pytest.raises(ValueError, match=r"square\.0 must have shape \(3,\), got \(4,\)"):
         optimizer.load_state_dict({**state, "square.0": np.zeros(4)})
+    for steps in (2.5, [1, 2], "one"):
+        with pytest.raises(ValueError, match="steps must be one whole number"):
+            optimizer.load_state_dict({**state, "mean.0": np.ones(3), "steps": steps})
+    assert not optimizer.state_dict()["mean.0"].any()

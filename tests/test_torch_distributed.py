@@ -72,9 +72,9 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 
 TINY = {
-    "layers": 2, "hidden": 8, "embedding": 4, "seq_length": 10, "batch_size": 4, "steps": 6, "every": 2, "dropout": 0.5,
+    "layers": 2, "hidden": 7, "embedding": 4, "seq_length": 9, "batch_size": 2, "steps": 6, "every": 2, "dropout": 0.5,
     "text": str(Path(__file__).resolve()),
-}  # fmt: skip
+}  # fmt: skip  # a process draws an odd count of random numbers, of which two come from one
 
 
 def worker(rank: int, port: int, folder: Path) -> None:

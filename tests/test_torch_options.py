@@ -151,6 +151,27 @@ def test_a_frozen_layer_takes_what_a_layer_takes() -> None:
         fast.freeze(nn.GRU(3, 5, device="meta"))
 
 
+@pytest.mark.parametrize("layer", [fast.LSTM, fast.GRU, fast.RNN])
+def test_frozen_layers_keep_their_learned_state_from_call_to_call(layer: Callable[..., Any]) -> None:
+    m, x = layer(3, 5, 2, learn_initial_state=True).eval(), sample("GRU")
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if name in ("h_0", "c_0"):
+                p.uniform_(-1, 1)
+        frozen, want = fast.freeze(copy.deepcopy(m)), flat(m(x))
+        for _ in range(3):  # the second call is the first one of a batch that has been seen
+            assert all(torch.equal(a, b) for a, b in zip(want, flat(frozen(x)), strict=True))
+        assert frozen._frozen.quick[1] is not None
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_frozen_halves_refuse_other_dtypes_at_every_call(name: str) -> None:
+    frozen = fast.freeze(SIX[name](3, 5).bfloat16())
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must have one dtype"):
+            frozen(sample(name))
+
+
 # ---- against the oracle ------------------------------------------------------------------------------------------------------------------
 
 OWN: dict[str, Callable[..., nn.Module]] = {

@@ -191,8 +191,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched() -> Non
     x = np.ones((1, 1, 1), np.float32)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
         fit(layer, [(x, x)], lambda y, t: (np.nan, y), SGD(layer, 0.1), steps=1, progress=False)
-    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
-        fit(layer, [(x, x)], lambda y, t: (0.0, y * np.nan), SGD(layer, 0.1), steps=1, clip=1.0, progress=False)
+    for clip in (None, 1.0):
+        with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
+            fit(layer, [(x, x)], lambda y, t: (0.0, y * np.nan), SGD(layer, 0.1), steps=1, clip=clip, progress=False)
     np.testing.assert_array_equal(layer.flat, before)
 
 
@@ -212,6 +213,15 @@ def test_arguments_that_contradict_are_refused(options: dict[str, Any], message:
     layer = Linear(1, 1, seed=0)
     with pytest.raises(ValueError, match=message):
         fit(layer, options.pop("data", line()), mean_squared_error, SGD(layer, 0.1), progress=False, **options)
+
+
+@pytest.mark.parametrize("clip", (0, -1.0, np.nan))
+def test_a_clip_that_is_no_norm_is_refused_before_anything_is_written(tmp_path: Path, clip: float) -> None:
+    layer = Linear(1, 1, seed=0)
+    files = {"checkpoint": tmp_path / "run", "history": tmp_path / "history.csv"}
+    with pytest.raises(ValueError, match="clip must be above 0"):
+        fit(layer, line(), mean_squared_error, SGD(layer, 0.1), steps=1, clip=clip, progress=False, **files)
+    assert not os.listdir(tmp_path)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
@@ -275,6 +285,23 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     layer = Linear(1, 1)
     with pytest.raises(CheckpointError, match=r"is of another model: .*lacks 'weight'"):
         fit(layer, line(), mean_squared_error, SGD(layer, 0.1), steps=1, checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("other", ("optimizer", "streams"))
+def test_a_checkpoint_that_is_refused_changes_nothing(tmp_path: Path, other: str) -> None:
+    run_of(tmp_path, wave(), steps=2)
+    model, optimizer = net(seed=1)
+    if other == "optimizer":
+        optimizer = SGD(model, 0.1)
+    else:
+        model["d"].generator = np.random.Generator(np.random.MT19937(0))
+    optimizer.step()
+    before, drawn = [leaf.flat.copy() for leaf in model.leaves()], model["a"].generator.bit_generator.state
+    with pytest.raises(CheckpointError, match="is of another model"):
+        fit(model, wave(), mean_squared_error, optimizer, steps=3, checkpoint=tmp_path, resume=True, progress=False)
+    for leaf, flat in zip(model.leaves(), before, strict=True):
+        np.testing.assert_array_equal(leaf.flat, flat)
+    assert optimizer.steps == 1 and model["a"].generator.bit_generator.state == drawn
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------

@@ -149,11 +149,14 @@ def _parser() -> argparse.ArgumentParser:
 def _forecast(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from .data import InputError
     from .forecast import Settings, forecast_series, read_csv, write_forecast
     from .plots import forecast_plot
 
     source = Path(args.csv)
     out = Path(args.out) if args.out else source.with_name(f"{source.stem}-forecast.csv")
+    if out.exists() and out.samefile(source):
+        raise InputError(f"--out is {source} itself, which it would overwrite")
     columns, _ = read_csv(source, args.target)
     settings = Settings(cell=args.cell, hidden_size=args.hidden, epochs=args.epochs, seed=args.seed)
     report = forecast_series(

@@ -117,9 +117,10 @@ class Embedding(_Map):
         """(E, the rows met since zero_gradients) if sparse, else None."""
         if not self.sparse:
             return None
-        met = np.unique(np.concatenate(self._met)) if self._met else np.zeros(0, np.int64)
-        self._met = [met]
-        return self.embedding_dim, met
+        if not self._met:
+            return self.embedding_dim, np.zeros(0, np.int64)
+        self._met = [np.unique(np.concatenate(self._met))]
+        return self.embedding_dim, self._met[0]
 
     def zero_gradients(self) -> None:
         """Sets every gradient to 0 and drops the tapes that no backward took."""

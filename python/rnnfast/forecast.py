@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,9 +305,5 @@ def forecast_series(
 
 def write_forecast(path: str | os.PathLike[str], report: Report, target: str) -> None:
     """A CSV file: step, forecast, low, high."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", target, "low", "high"])
-        rows: Sequence[Any] = list(zip(report.forecast, report.low, report.high, strict=True))
-        for k, row in enumerate(rows, 1):
-            writer.writerow([k, *(f"{value:.6g}" for value in row)])
+    rows = enumerate(zip(report.forecast, report.low, report.high, strict=True), 1)
+    training.write_csv(path, [("step", target, "low", "high"), *((k, *(f"{value:.6g}" for value in row)) for k, row in rows)])

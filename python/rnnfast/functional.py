@@ -210,14 +210,18 @@ def forward(
     H = w_ih.shape[0] // gates
     R = H if w_hr is None else w_hr.shape[0]
     S = R * output_taps
+    if dropout_masks is not None:
+        for layer, mask in enumerate(dropout_masks):
+            name = f"dropout_masks[{layer}]"
+            _expect(_array(mask, name, who), name, "(T, B, D*R)", (*lead, D * R), x.dtype, who)
     carries = lstm or who == "gru"
     paired = lstm or (who == "gru" and w_hr is not None)
-    if cut is not None and output_taps > 1:
-        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute_dtype, recompute, threads)
     h_shape, c_shape = (L * D, B, S), (L * D, B, H)
     fresh_h = _initial(params, "h_0", (L * D, 1, S), x.dtype, who)
     fresh_c = _initial(params, "c_0", (L * D, 1, H), x.dtype, who)
     h_0, c_0 = _state(state, paired, h_shape, c_shape, fresh_h, fresh_c, x.dtype, who)
+    if cut is not None and output_taps > 1:
+        return _forward_in_parts(cell, x, state, params, cut, ends, output_taps, tape, paired, cells, compute_dtype, recompute, threads)
     events: list[NDArray[np.int64]] = []
     if cut is not None:
         events = [_events(cut, d == 1) for d in range(D)]
@@ -354,9 +358,6 @@ def backward(
     gradients = gradients if gradients is None or isinstance(gradients, dict) else dict(gradients)
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
-    if tape.parts:
-        in_parts = _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
-        return in_parts if need_dstate else (in_parts[0], None, in_parts[2])
     L, D, B, H, R, S = tape.sizes
     x, dtype, lead, carries = tape.x, tape.x.dtype, tape.x.shape[:-1], who != "rnn"
     wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
@@ -372,13 +373,16 @@ def backward(
             raise KeyError(f"{who}: gradients lacks {name!r}")
         if gradient.shape != value.shape:
             raise ValueError(f"{who}: gradient of {name} must have shape {value.shape}, got {gradient.shape}")
-    if L > 1:  # one layer's the kernels' border checks before it writes
-        for name in _names(L, D)[1] & tape.params.keys():
+    if L > 1 or "h_0" in tape.params or "c_0" in tape.params:  # one layer's weights the kernels' border checks before it writes
+        for name in (_names(L, D)[1] | {"h_0", "c_0"}) & tape.params.keys():
             gradient = gradients[name]
             if gradient.dtype != dtype or not gradient.flags.c_contiguous or not gradient.flags.writeable:
                 raise ValueError(f"{who}: gradient of {name} must be a writeable, C-contiguous array of dtype {dtype}")
         for run in tape.runs:
             run.check_kept()
+    if tape.parts:
+        in_parts = _backward_in_parts(tape, dy, dstate, gradients, accumulate, need_dx, threads)
+        return in_parts if need_dstate else (in_parts[0], None, in_parts[2])
 
     if not accumulate:
         written = _names(L, D)[1]
@@ -460,9 +464,8 @@ def _forward_in_parts(
 
 
 def _backward_in_parts(
-    tape: Tape, dy: Any, dstate: Any, gradients: dict[str, Array], accumulate: bool, need_dx: bool, threads: int | None
+    tape: Tape, dy: Array, dstate: Any, gradients: dict[str, Array], accumulate: bool, need_dx: bool, threads: int | None
 ) -> tuple[Array | None, State, dict[str, Array]]:
-    dy = _array(dy, "dy", tape.cell.split("_")[0])
     dxs: list[Array] = []
     for t0, t1, part, rows in reversed(tape.parts):
         dx, dstate, _ = backward(part, dy[t0:t1], dstate, gradients, accumulate=accumulate, need_dx=need_dx, threads=threads)

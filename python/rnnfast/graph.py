@@ -186,15 +186,18 @@ class Graph(Module):
         """Undoes the latest forward: dx and dstate from dy; parameter gradients accumulate in the layers."""
         with self._alone():
             shapes, by_name = self._pop()
-            d: dict[str, Any] = {self.outputs[0]: np.asarray(dy)} if self._one_output else dict(dy)
-            ends = {f"{name}.state": g for name, g in (dstate or {}).items()}
             try:
+                d: dict[str, Any] = {name: np.asarray(g) for name, g in ({self.outputs[0]: dy} if self._one_output else dict(dy)).items()}
+                ends = {f"{name}.state": g for name, g in (dstate or {}).items()}
                 self._expect("dy", d, self.outputs)
                 self._expect("dstate", ends, [f"{node.name}.state" for node in self._nodes if node.layer.recurrent])
                 for name, g in d.items():
-                    if g.shape != shapes[name][0]:
-                        raise ValueError(f"Graph: dy of {name!r} must have shape {shapes[name][0]}, got {g.shape}")
-            except ValueError:
+                    shape, dtype = shapes[name]
+                    if g.shape != shape:
+                        raise ValueError(f"Graph: dy of {name!r} must have shape {shape}, got {g.shape}")
+                    if g.dtype != dtype:
+                        raise TypeError(f"Graph: dy of {name!r} must have dtype {dtype}, got {g.dtype}")
+            except (AttributeError, TypeError, ValueError):
                 self._push((shapes, by_name))  # a wrong dy costs nothing
                 raise
             d.update(ends)

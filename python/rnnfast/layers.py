@@ -425,6 +425,7 @@ class NARX(Module):
             if x_past.shape != (N - 1, B, I) or y_past.shape != (1, B, S) or x_past.dtype != self.dtype:
                 raise ValueError(f"narx: state must be x_past {(N - 1, B, I)} and y_past {(1, B, S)} of {self.dtype}, got {x_past.shape} and {y_past.shape}")
         ends = None if lengths is None else functional._whole(lengths, "lengths", "narx")
+        functional._layout(x, ends, None, "narx")  # the lengths fit
         cut = functional._reset(None if reset is None else np.asarray(reset)[:, None] if single else reset, T, B, ends, "narx")
         whole = np.concatenate((x_past[::-1], x))  # (N-1+T, B, I), oldest first
         known = None
@@ -458,6 +459,8 @@ class NARX(Module):
                 dy = functional._array(dy, "dy", "narx")
                 dy = dy[:, None] if single else dy
                 dx_end, dy_end = (None, None) if dstate is None else (np.asarray(part)[:, None] if single else np.asarray(part) for part in dstate)
+                if dx_end is not None:
+                    functional._expect(dx_end, "dstate x_past", "(N-1, B, I)", (*at.shape, self.input_size), self.dtype, "narx")
                 _ = self.flat_gradient
                 dtaps, dy_past, _ = functional.backward(tape, dy, dy_end, self._gradients)
             except (KeyError, TypeError, ValueError, IndexError):
@@ -498,9 +501,11 @@ class NarxStream:
         x = np.asarray(x)
         if x.shape != (B, I) or x.dtype != self._x.dtype:
             raise ValueError(f"narx: stream: x must be {self._x.dtype} of shape (B, I) = {(B, I)}, got {x.dtype} of {x.shape}")
-        self._x[:, I:] = self._x[:, :-I].copy()
-        self._x[:, :I] = x
-        return self._stream(self._x, out)
+        taps = np.empty_like(self._x)
+        taps[:, :I], taps[:, I:] = x, self._x[:, :-I]
+        y = self._stream(taps, out)
+        self._x = taps  # only now: a wrong out costs nothing
+        return y
 
     @property
     def state(self) -> tuple[Array, Array]:
@@ -520,8 +525,12 @@ class NarxStream:
 
     def reset(self, mask: NDArray[np.bool_] | None = None) -> None:
         """Puts rows (all, or those where mask (B,) is true) back to zero pasts."""
-        self._stream.reset(mask)
-        self._x[slice(None) if mask is None else np.asarray(mask)] = 0
+        B = self._sizes[1]
+        rows = np.ones(B, np.bool_) if mask is None else np.asarray(mask)
+        if rows.dtype != np.bool_ or rows.shape != (B,):
+            raise ValueError(f"narx: stream: mask must be bool of shape (B,) = {(B,)}, got {rows.dtype} of {rows.shape}")
+        self._stream.reset(rows)
+        self._x[rows] = 0
 
     def copy(self) -> NarxStream:
         """A stream of its own from here on, with the same snapshot and state."""

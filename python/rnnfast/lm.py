@@ -164,12 +164,14 @@ class LanguageModel:
         real = (np.arange(rows * steps) < count).reshape(rows, steps).T
         was_training, state, nats = self.graph.training, None, 0.0
         self.graph.eval()
-        for start in range(0, steps, seq_length):
-            part = slice(start, start + seq_length)
-            y, state = self.graph(x[part], state)
-            mean, _ = softmax_cross_entropy(y, target[part], real[part], gradient=False)
-            nats += mean * int(real[part].sum())
-        self.graph.train(was_training)
+        try:
+            for start in range(0, steps, seq_length):
+                part = slice(start, start + seq_length)
+                y, state = self.graph(x[part], state)
+                mean, _ = softmax_cross_entropy(y, target[part], real[part], gradient=False)
+                nats += mean * int(real[part].sum())
+        finally:
+            self.graph.train(was_training)
         unknown = int((tokens[1:] == 0).sum()) * math.log2(max(256 - len(self.alphabet.known), 1))
         return (nats / math.log(2) + unknown) / count
 

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import losses
 from .conv import Activation
-from .dense import Dropout, Embedding, Linear
+from .dense import Dropout, Embedding, Linear, _Map
 from .graph import Graph
 from .layers import GRU, LSTM, RNN
 from .module import Array, Module
@@ -41,11 +41,12 @@ def _seeds(seed: int | None, count: int) -> list[int | None]:
     return [None] * count if seed is None else [int(n) for n in np.random.SeedSequence(seed).generate_state(count)]
 
 
-class TiedLinear(Module):
+class TiedLinear(_Map):
     """Logits by the projection that reads: y = x Pᵀ + b, where P (V, E) is an Embedding's table, shared with it.
 
     x (..., E) -> y (..., V). Parameter of its own: bias (V,), 0 at first; the gradient of P adds to the embedding's. In a graph the embedding is a
-    node too: that is where P is trained. Raises ValueError for a sparse embedding, whose unmet rows an optimizer would skip, and for a wrong shape.
+    node too: that is where P is trained. Raises ValueError for a sparse embedding, whose unmet rows an optimizer would skip, and for a wrong shape,
+    TypeError for a wrong dtype.
 
     Source: Press & Wolf 2017, "Using the output embedding to improve language models".
 
@@ -63,29 +64,23 @@ class TiedLinear(Module):
         self.embedding = embedding
         self._allocate({"bias": (embedding.num_embeddings,)}, embedding.dtype)
 
-    def __call__(self, x: ArrayLike) -> Array:
-        x = np.asarray(x)
-        E = self.embedding.embedding_dim
-        if x.shape[-1:] != (E,):
-            raise ValueError(f"TiedLinear: x must have shape (..., E) with E = {E}, got {x.shape}")
+    def _forward(self, x: Array) -> tuple[Array, Any]:
+        V, E = self.embedding.num_embeddings, self.embedding.embedding_dim
+        self._check("x", x, (*x.shape[:-1], E))
         flat = x.reshape(-1, E)
         y: Array = flat @ self.embedding.parameters()["weight"].T  # (N, V)
         y += self._parameters["bias"]
-        if self.training:
-            with self._alone():
-                self._push(flat)
-        return y.reshape(*x.shape[:-1], len(self._parameters["bias"]))
+        return y.reshape(*x.shape[:-1], V), (flat, x.shape)
 
-    def backward(self, dy: ArrayLike) -> Array:
-        """dx from dy (..., V)."""
-        with self._alone():
-            flat = self._pop()
-        dy = np.asarray(dy)
-        dy2 = dy.reshape(len(flat), -1)
+    def _backward(self, tape: Any, dy: Array) -> Array:
+        flat, shape = tape
+        V = self.embedding.num_embeddings
+        self._check("dy", dy, (*shape[:-1], V))
+        dy2 = dy.reshape(len(flat), V)
         self.gradients()["bias"][...] += np.ones(len(dy2), dy2.dtype) @ dy2
         self.embedding.gradients()["weight"][...] += dy2.T @ flat
-        out: Array = (dy2 @ self.embedding.parameters()["weight"]).reshape(*dy.shape[:-1], flat.shape[1])
-        return out
+        dx: Array = (dy2 @ self.embedding.parameters()["weight"]).reshape(shape)
+        return dx
 
 
 class AdaptiveSoftmax(Module):
@@ -627,7 +622,10 @@ class Projections(Module):
         """Adds the gradients of both tables; words have none."""
         with self._alone():
             shape, v, candidates = self._pop()
-        dy = np.asarray(dy)
+            dy = np.asarray(dy)
+            if dy.shape != candidates.shape[:2] or dy.dtype != v.dtype:
+                self._push((shape, v, candidates))  # a wrong dy costs nothing
+                raise ValueError(f"Projections: dy must be {v.dtype} of shape (N, 1 + M) = {candidates.shape[:2]}, got {dy.dtype} of {dy.shape}")
         dv = np.matmul(dy[:, None], candidates)  # (N, 1, E)
         self.context.backward(dy[:, :, None] * v[:, None])
         self.table.backward(np.broadcast_to(dv / v.dtype.type(shape[1]), shape))
@@ -772,7 +770,7 @@ def ngrams(tokens: ArrayLike, n: int, stop: int | None = None) -> Integers:
     return out
 
 
-class Columns(Module):
+class Columns(_Map):
     """A picture as a sequence of its columns, from left to right: x (B, C, h, w) -> y (w, B, C h). Between convolution and LSTM.
 
     >>> layer = Columns()
@@ -780,17 +778,14 @@ class Columns(Module):
     ((5, 2, 12), (2, 3, 4, 5))
     """
 
-    def __call__(self, x: ArrayLike) -> Array:
-        x = np.asarray(x)
+    def _forward(self, x: Array) -> tuple[Array, Any]:
         if x.ndim != 4:
             raise ValueError(f"Columns: x must have shape (B, C, h, w), got {x.shape}")
-        if self.training:
-            with self._alone():
-                self._push(x.shape)
-        return np.ascontiguousarray(x.transpose(3, 0, 1, 2)).reshape(x.shape[3], x.shape[0], -1)
+        B, C, h, w = x.shape
+        return np.ascontiguousarray(x.transpose(3, 0, 1, 2)).reshape(w, B, C * h), x.shape
 
-    def backward(self, dy: ArrayLike) -> Array:
-        """dx (B, C, h, w) from dy (w, B, C h)."""
-        with self._alone():
-            B, C, h, w = self._pop()
-        return np.ascontiguousarray(np.asarray(dy).reshape(w, B, C, h).transpose(1, 2, 3, 0))
+    def _backward(self, tape: Any, dy: Array) -> Array:
+        B, C, h, w = tape
+        if dy.shape != (w, B, C * h):
+            raise ValueError(f"Columns: dy must have shape (w, B, C h) = {(w, B, C * h)}, got {dy.shape}")
+        return np.ascontiguousarray(dy.reshape(w, B, C, h).transpose(1, 2, 3, 0))

@@ -161,9 +161,9 @@ class Feedback(Module):
         n = self.layer
         K, O = n.output_taps, n.output_size
         dy = np.array(dy)
-        if dy.shape != (T, B, O):
+        if dy.shape != (T, B, O) or dy.dtype != n.dtype:
             self._push((mode, known, T, B, kept))
-            raise ValueError(f"Feedback: dy must have shape (T, B, O) = {(T, B, O)}, got {dy.shape}")
+            raise ValueError(f"Feedback: dy must be {n.dtype} of shape (T, B, O) = {(T, B, O)}, got {dy.dtype} of {dy.shape}")
         _ = n.flat_gradient
         gradients = n.gradients()
         if known < T:

@@ -80,11 +80,10 @@ class Optimizer:
 
     def step(self) -> None:
         """One update of every parameter. Raises RuntimeError for a model in eval mode."""
-        rate = self.rate
-        self._begin(rate)
+        if not all(leaf.training for leaf in self._leaves):
+            raise RuntimeError(f"{self._name}: the model is in eval mode; call train() before step()")
+        self._begin(self.rate)
         for leaf, kept in zip(self._leaves, self._kept, strict=True):
-            if not leaf.training:
-                raise RuntimeError(f"{self._name}: the model is in eval mode; call train() before step()")
             for blocks, store in _blocks(leaf, [leaf.flat, leaf.flat_gradient, *kept], self._block):
                 p, g, *own = blocks
                 self._update(p, g, own)
@@ -114,9 +113,12 @@ class Optimizer:
         for name, array in own.items():
             if np.shape(state[name]) != array.shape:
                 raise ValueError(f"{self._name}: {name} must have shape {array.shape}, got {np.shape(state[name])}")
+        steps = np.asarray(state["steps"])
+        if steps.size != 1 or steps.dtype.kind not in "iu":
+            raise ValueError(f"{self._name}: steps must be one whole number, got {steps.dtype} of shape {steps.shape}")
         for name, array in own.items():
             array[...] = state[name]
-        self.steps = int(np.asarray(state["steps"]).item())
+        self.steps = int(steps.item())
 
 
 def _blocks(leaf: Module, arrays: list[Array], size: int) -> Iterator[tuple[list[Array], Callable[[], None]]]:

@@ -656,7 +656,7 @@ class _Frozen:
         """(y, h_T[, c_T]) of a call whose overhead would be most of it, over x (T, B, I) or `single` steps (B, I); or None: the general way has
         also the better words.
         """
-        if any(type(t) is not Tensor or t.dim() != (2 if single else 3) for t in (x, *states)) or not _is_plain() or _autocast():
+        if any(type(t) is not Tensor or t.dtype != self.dtype or t.dim() != (2 if single else 3) for t in (x, *states)) or not _is_plain() or _autocast():
             return None
         tokens, rows = (1, x.shape[0]) if single else (x.shape[0], x.shape[1])
         if self.layers is None or tokens * rows < 1 or (tokens * rows > 32 and tokens * rows * self.size >= 1 << 23):
@@ -670,7 +670,9 @@ class _Frozen:
         try:
             arrays = [t.numpy()[None] if single else t.numpy() for t in (x, *states)]
             if stream is None:
-                stream = _core.Stream(self.cell, self.layers, arrays[0].dtype.name, rows, 1, False, None, None)
+                stream = _core.Stream(
+                    self.cell, self.layers, arrays[0].dtype.name, rows, 1, False, self.arrays.get("h_0"), self.arrays.get("c_0")
+                )  # fmt: skip
                 self.quick = rows, stream
             state = None if len(arrays) == 1 else tuple(arrays[1:]) if len(arrays) == 3 else arrays[1]
             out = stream.sequence(arrays[0], state, torch.get_num_threads())

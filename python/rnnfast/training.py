@@ -31,7 +31,7 @@ import numpy as np
 
 from .data import Batch, InputError
 from .module import Array, Module
-from .optim import Optimizer, clip_global_norm
+from .optim import Optimizer, clip_global_norm, global_norm
 
 Loss = Callable[[Any, Any], tuple[float, Any]]
 _COLUMNS = ("step", "epoch", "loss", "validation", "learning_rate", "gradient_norm", "per_second", "seconds")
@@ -92,7 +92,24 @@ class Replicas(Protocol):
         """All processes' arrays side by side along axis 1, in order of rank; the same in each."""
 
 
-# ---- checkpoints
+# ---- files
+
+
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file, written beside and moved into place, so that it is never half of one; its folder is made.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_csv(Path(folder, "a.csv"), [("day", "sold"), (1, 3)])
+    ...     Path(folder, "a.csv").read_text().split()
+    ['day,sold', '1,3']
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".writing")
+    with open(beside, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    os.replace(beside, target)
 
 
 def _write(path: Path, data: bytes) -> dict[str, int]:
@@ -222,6 +239,11 @@ def _each(change: Callable[[Array], Array], state: Any) -> Any:
     return None if state is None else change(np.asarray(state))
 
 
+def _streams(model: Module) -> list[Any]:
+    """The bit generators of a model's random streams."""
+    return [leaf.generator.bit_generator for leaf in model.leaves() if leaf.generator is not None]
+
+
 def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any], replicas: Replicas | None) -> None:
     """The checkpoint is of the whole batch, as one process would have written it."""
     state = run.state if replicas is None else _each(replicas.joined, run.state)
@@ -233,17 +255,23 @@ def _save(run: Run, folder: str | os.PathLike[str], config: Mapping[str, Any], r
     counters |= {"sum": run._sum, "count": run._count, "state": _pack(state, arrays, "state")}
     counters["best"] = run.best if math.isfinite(run.best) else None  # JSON has no infinity and no NaN
     counters["rows"] = [{name: v if math.isfinite(v) else None for name, v in row.items()} for row in run.rows]
-    generators = [leaf.generator.bit_generator.state for leaf in run.model.leaves() if leaf.generator is not None]
-    content = {"config": config, "run": counters, "generators": generators}
+    content = {"config": config, "run": counters, "generators": [stream.state for stream in _streams(run.model)]}
     save_checkpoint(folder, run.model.state_dict(), arrays, content)
 
 
 def _restore(run: Run, folder: str | os.PathLike[str], replicas: Replicas | None) -> None:
     weights, arrays, config = load_checkpoint(folder)
-    try:
+
+    def put(weights: Mapping[str, Array], moments: Mapping[str, Array], states: Sequence[Any]) -> None:
         run.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(moments)
+        for stream, state in zip(_streams(run.model), states, strict=True):
+            stream.state = state
+
+    before = run.model.state_dict(), run.optimizer.state_dict(), [stream.state for stream in _streams(run.model)]
+    try:
         start = "optimizer."
-        run.optimizer.load_state_dict({k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)})
+        put(weights, {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)}, config["generators"])
         counters = dict(config["run"])
         run._sum, run._count = counters.pop("sum"), counters.pop("count")
         run.state = _unpack(counters.pop("state"), arrays)
@@ -257,11 +285,8 @@ def _restore(run: Run, folder: str | os.PathLike[str], replicas: Replicas | None
             setattr(run, name, value)
         start = "best."
         run.best_weights = {k[len(start) :]: v for k, v in arrays.items() if k.startswith(start)} or None
-        owners = [leaf for leaf in run.model.leaves() if leaf.generator is not None]
-        for leaf, state in zip(owners, config["generators"], strict=True):
-            assert leaf.generator is not None
-            leaf.generator.bit_generator.state = state
     except (KeyError, ValueError, TypeError) as error:
+        put(*before)
         raise CheckpointError(f"the checkpoint in {folder} is of another model: {error}") from error
 
 
@@ -275,10 +300,12 @@ def _average(replicas: Replicas, model: Module) -> None:
 
 def _apart(replicas: Replicas, model: Module) -> None:
     """Random streams of every process's own, from those of the first: a jump commutes with whatever was drawn."""
-    for leaf in model.leaves():
-        if leaf.generator is not None and replicas.rank > 0:
-            generator: Any = leaf.generator.bit_generator
-            generator.state = generator.jumped(replicas.rank).state
+    for stream in _streams(model) if replicas.rank > 0 else ():
+        half = stream.state.get("has_uint32")  # of the latest number drawn one half waits, which a jump forgets
+        stream.state = stream.jumped(replicas.rank).state
+        if half:
+            upper = int(stream.advance(-1).random_raw()) >> 32
+            stream.state = stream.state | {"has_uint32": 1, "uinteger": upper}
 
 
 # ---- the loop
@@ -405,6 +432,8 @@ def fit(
     for name, count in (counts | {"checkpoint_every": checkpoint_every}).items():
         if count is not None and count < 1:
             raise ValueError(f"fit: {name} must be at least 1, got {count}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"fit: clip must be above 0, got {clip}")
     if patience is not None and validation is None:
         raise ValueError("fit: patience needs a validation")
     if resume and checkpoint is None:
@@ -464,10 +493,9 @@ def fit(
                     model.backward(dy)
                     if replicas is not None:
                         _average(replicas, model)
-                    if clip is not None:
-                        run.gradient_norm = clip_global_norm(model, clip)
-                        if not math.isfinite(run.gradient_norm):
-                            raise FloatingPointError(f"the gradient is not finite at step {run.step}")
+                    run.gradient_norm = global_norm(model) if clip is None else clip_global_norm(model, clip)
+                    if not math.isfinite(run.gradient_norm):
+                        raise FloatingPointError(f"the gradient is not finite at step {run.step}")
                     run.learning_rate = optimizer.rate
                     optimizer.step()
                     run.state = state if stateful else None
@@ -540,14 +568,6 @@ def _add_row(
 
 
 def _write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float]]) -> None:
-    """The whole history, written beside and moved into place; NaN is an empty cell."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".writing")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for row in rows:
-            values = [row[name] for name in _COLUMNS]
-            writer.writerow(["" if v != v else v if isinstance(v, int) else f"{v:.6g}" for v in values])
-    os.replace(beside, target)
+    """The whole history; NaN is an empty cell."""
+    every = [[row[name] for name in _COLUMNS] for row in rows]
+    write_csv(path, [_COLUMNS, *(["" if v != v else v if isinstance(v, int) else f"{v:.6g}" for v in values] for values in every)])
