@@ -168,7 +168,7 @@ def test_frozen_layers_keep_their_learned_state_from_call_to_call(layer: Callabl
 def test_frozen_halves_refuse_other_dtypes_at_every_call(name: str) -> None:
     frozen = fast.freeze(SIX[name](3, 5).bfloat16())
     for _ in range(3):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="must have one dtype"):
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match="dtype"):
             frozen(sample(name))
 
 

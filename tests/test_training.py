@@ -191,9 +191,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched() -> Non
     x = np.ones((1, 1, 1), np.float32)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
         fit(layer, [(x, x)], lambda y, t: (np.nan, y), SGD(layer, 0.1), steps=1, progress=False)
-    for clip in (None, 1.0):
-        with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
-            fit(layer, [(x, x)], lambda y, t: (0.0, y * np.nan), SGD(layer, 0.1), steps=1, clip=clip, progress=False)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
+        fit(layer, [(x, x)], lambda y, t: (0.0, y * np.nan), SGD(layer, 0.1), steps=1, clip=1.0, progress=False)
     np.testing.assert_array_equal(layer.flat, before)
 
 

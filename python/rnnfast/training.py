@@ -31,7 +31,7 @@ import numpy as np
 
 from .data import Batch, InputError
 from .module import Array, Module
-from .optim import Optimizer, clip_global_norm, global_norm
+from .optim import Optimizer, clip_global_norm
 
 Loss = Callable[[Any, Any], tuple[float, Any]]
 _COLUMNS = ("step", "epoch", "loss", "validation", "learning_rate", "gradient_norm", "per_second", "seconds")
@@ -401,7 +401,7 @@ def fit(
     loss        loss(y, target) -> (value, dy): losses.py, or any divergence of the whole sequence
     validation  batches, or a function () -> number; lower is better
     every       steps from one row of the history (with validation) to the next; None: a row an epoch
-    clip        the largest global norm of the gradients
+    clip        the largest global norm of the gradients; None: none, and no norm is taken
     stateful    truncated BPTT: a batch starts with the state that the batch before it ended with; each epoch afresh
     patience    early stopping after so many validations without a new best; the best weights are put back
     callbacks   functions of the Run, called after every step
@@ -414,8 +414,8 @@ def fit(
     replicas    many processes: each is given its own rows of every batch, all as many, and the same of all else. Gradients and losses are
                 averaged, so that the weights stay alike; the first process validates, writes and shows the bar
 
-    Returns the Run. Raises ValueError for arguments that contradict each other, FloatingPointError for a loss or
-    gradient that is not finite (before it touches the weights), CheckpointError for one that cannot be resumed.
+    Returns the Run. Raises ValueError for arguments that contradict each other, FloatingPointError for a loss, and under
+    clip for a gradient, that is not finite (before it touches the weights), CheckpointError for one that cannot be resumed.
 
     >>> from rnnfast.dense import Linear
     >>> from rnnfast.losses import mean_squared_error
@@ -493,9 +493,10 @@ def fit(
                     model.backward(dy)
                     if replicas is not None:
                         _average(replicas, model)
-                    run.gradient_norm = global_norm(model) if clip is None else clip_global_norm(model, clip)
-                    if not math.isfinite(run.gradient_norm):
-                        raise FloatingPointError(f"the gradient is not finite at step {run.step}")
+                    if clip is not None:
+                        run.gradient_norm = clip_global_norm(model, clip)
+                        if not math.isfinite(run.gradient_norm):
+                            raise FloatingPointError(f"the gradient is not finite at step {run.step}")
                     run.learning_rate = optimizer.rate
                     optimizer.step()
                     run.state = state if stateful else None
