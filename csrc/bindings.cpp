@@ -324,7 +324,8 @@ bool stays_alone(double flops, int threads) {
   return threads == 1 || flops < 2e5 || (flops < 8e6 && team_sleeps()) || (flops < 2e8 && cores_are_taken());
 }
 
-Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
+// kept: forward's weights are packed already.
+Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, int most) {
   const int threads = threads_of(most);
   const double step =
       2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
@@ -333,8 +334,12 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, int most) {
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (stays_alone(all, threads)) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
-  // Weights that are used once: row groups would each pack them all, few rows take them as they stand.
-  if (j.T == 1 && by_units && j.B <= 16 * threads) return {threads, 1};
+  // In one step each weight is used once. By rows, forward packs them all, unless they are kept, and every thread reads them all; by units,
+  // every thread reads all rows.
+  if (j.T == 1 && by_units) {
+    const double weights = all / static_cast<double>(j.B);
+    if (kept ? weights >= 1e7 && j.B < 32 * threads : weights >= 4e6 || j.B <= (backward ? 16 : 64) * threads) return {threads, 1};
+  }
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
   if (j.B >= 4 * threads) return {threads, threads};
@@ -391,7 +396,7 @@ struct Call {
   int row_groups = 1;
 
   void run() {
-    const Plan p = plan(kind, dtype, job, most);
+    const Plan p = plan(kind, dtype, job, backward, snapshot, most);
     row_groups = p.row_groups;
     rnnfast::run(p.workers, task, this, prepare);
     give_back();
@@ -433,7 +438,7 @@ struct Call {
 void run_together(std::vector<Call>& calls) {
   if (calls.size() == 1) return calls[0].run();
   Call &a = calls[0], &b = calls[1];
-  const Plan p = plan(a.kind, a.dtype, a.job, a.most);
+  const Plan p = plan(a.kind, a.dtype, a.job, a.backward, a.snapshot, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
   if (p.row_groups > 1 || stays_alone(work, threads_of(a.most))) {
     a.run();
@@ -687,6 +692,40 @@ py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout,
   for (const Array& a : {Array(x), y, h_0, c_0, fresh_h, fresh_c}) run->keep(a);
   run->resets = std::move(resets);
   return py::make_tuple(*y, std::move(run));
+}
+
+// Every row at each of T steps. Calls in a row are mostly of one size.
+std::shared_ptr<const Layout> plain_layout(int64_t T, int64_t B) {
+  static std::shared_ptr<const Layout>& latest = *new std::shared_ptr<const Layout>;  // the GIL guards it
+  if (latest && latest->T == T && latest->B == B) return latest;
+  auto made = std::make_shared<const Layout>(T, B, std::nullopt);
+  if (T + B <= 4096) latest = made;
+  return made;
+}
+
+// A call that asks for nothing but one layer's outputs, in one direction, of whole rows, from the state zero, without its way through
+// Python. -> y, the state, run or None, (L, D, B, H, R, S); or None where the arguments are not such a call's, or are wrong.
+py::object forward_plain(const std::string& cell, const py::dict& params, const py::tuple& names, const py::array& x, bool tape) {
+  try {
+    const CellKind kind = kind_of(cell);
+    const Weights w = find(params, names[0], family(kind));
+    size_t known = 0;
+    for (const Array& a : w) known += a.has_value();
+    if (known != params.size() || x.ndim() != 3 || !w[0] || w[0]->ndim() != 2) return py::none();  // others are states to start from
+    const int64_t B = x.shape(1), H = w[0]->shape(0) / gates(kind), R = w[5] && w[5]->ndim() == 2 ? w[5]->shape(0) : H;
+    const bool paired = gates(kind) == 4 || (carries(kind) && w[5]);
+    const py::dtype dtype = x.dtype();
+    py::array h_T(dtype, {int64_t{1}, B, R});
+    Array c_T;
+    if (paired) c_T = py::array(dtype, {int64_t{1}, B, H});
+    py::tuple done = forward(cell, plain_layout(x.shape(0), B), params, names, 0, std::nullopt, 1, x, {}, {}, {}, h_T, c_T, {}, {}, {}, {},
+                             tape, false, {}, std::nullopt);
+    py::object state = paired ? py::object(py::make_tuple(std::move(h_T), std::move(*c_T))) : py::object(std::move(h_T));
+    if (tape) py::detail::array_proxy(py::object(done[0]).ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+    return py::make_tuple(done[0], std::move(state), done[1], py::make_tuple(1, 1, B, H, R, R));
+  } catch (const py::builtin_exception&) {
+    return py::none();
+  }
 }
 
 // dy is of this layer, the states' gradients of all layers. -> dx or None, and for each direction with resets the gradients (events, R) and
@@ -1513,6 +1552,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         py::arg("taps"), py::arg("x"), py::arg("y"), py::arg("h_0"), py::arg("c_0"), py::arg("h_T"), py::arg("c_T"), py::arg("resets"),
         py::arg("fresh_h"), py::arg("fresh_c"), py::arg("cells"), py::arg("tape"), py::arg("recompute"), py::arg("snapshot"),
         py::arg("threads"));
+  m.def("forward_plain", &forward_plain, py::arg("cell"), py::arg("params"), py::arg("names"), py::arg("x"), py::arg("tape"));
   m.def("backward", &backward, py::arg("run"), py::arg("dy"), py::arg("dh_T"), py::arg("dc_T"), py::arg("need_dx"), py::arg("dh_0"),
         py::arg("dc_0"), py::arg("gradients"), py::arg("accumulate"), py::arg("threads"));
   py::class_<Stream>(m, "Stream")

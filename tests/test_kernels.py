@@ -318,3 +318,42 @@ def no_rows(cell: str, shape: str) -> Arrays:
 def test_nothing_to_do_leaves_no_gradient(cell: str, shape: str, target: str) -> None:
     found = results(functional, cell, no_rows(cell, shape))
     assert all((found["d" + name] == 0).all() for name in no_rows(cell, shape).params if name.endswith(("l0", "reverse")))
+
+
+@pytest.mark.parametrize("cell", functional.CELLS)
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_plain_call_gives_the_bits_of_the_long_way(cell: str, projected: bool) -> None:
+    """One layer from no state goes to the kernels straight; naming the threads takes the way through Python's checks."""
+    if projected and cell == "gru_reset_before":
+        pytest.skip("takes no projection")
+    rng = np.random.default_rng(3)
+    G, H, I, R = {"lstm": 4, "gru": 3}.get(cell.split("_")[0], 1), 5, 4, 3 if projected else 5
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih_l0": (G * H, I), "weight_hh_l0": (G * H, R), "bias_ih_l0": (G * H,), "bias_hh_l0": (G * H,)}
+    shapes |= {"weight_peep_l0": (3, H)} if cell == "lstm_peephole" else {}
+    shapes |= {"weight_hr_l0": (R, H)} if projected else {}
+    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    x, dy = rng.standard_normal((6, 2, I)).astype(np.float32), rng.standard_normal((6, 2, R)).astype(np.float32)
+    ways = []
+    for threads in (None, functional._core.get_num_threads()):
+        y, state, tape = functional.forward(cell, x, None, params, threads=threads)
+        assert tape.plain == (threads is None) and not y.flags.writeable
+        gradients = {name: np.ones_like(value) for name, value in params.items()}
+        dx, dstate, _ = functional.backward(tape, dy, None, gradients, need_dstate=False)
+        assert dstate is None
+        dx_2, dstate, fresh = functional.backward(tape, dy)
+        assert np.array_equal(dx, dx_2)
+        ways.append([y, dx, *gradients.values(), *fresh.values(), *(s for pair in (state, dstate) for s in (pair if isinstance(pair, tuple) else (pair,)))])
+        y, _, none = functional.forward(cell, x, None, params, tape=False, threads=threads)
+        assert none is None and y.flags.writeable and np.array_equal(y, ways[-1][0])
+        with pytest.raises(ValueError, match="dy must have shape"):
+            functional.backward(tape, dy[:, :1], None, gradients, need_dstate=False)
+        with pytest.raises(KeyError, match="weight_hh_l0"):
+            functional.backward(tape, dy, None, {name: g for name, g in gradients.items() if name != "weight_hh_l0"}, need_dstate=False)
+        with pytest.raises(ValueError, match="gradient of bias_hh_l0 must have shape"):
+            functional.backward(tape, dy, None, gradients | {"bias_hh_l0": np.zeros(2, np.float32)}, need_dstate=False)
+        with pytest.raises(ValueError, match="weight_ih_l0 must have shape"):
+            functional.forward(cell, x[..., :2], None, params, threads=threads)
+    for a, b in zip(*ways, strict=True):
+        assert np.array_equal(a, b)
+    learned = params | {"h_0": np.ones((1, 1, R), np.float32)}  # a state to start from is not plain
+    assert not functional.forward(cell, x, None, learned)[2].plain and not np.array_equal(functional.forward(cell, x, None, learned)[0], ways[0][0])

@@ -65,6 +65,9 @@ def forward(
     snapshot: list[Packs],
     threads: int | None,
 ) -> tuple[Array, Run | None]: ...  # y, and what backward needs where a tape is wanted
+def forward_plain(
+    cell: str, params: dict[str, Array], names: tuple[tuple[str, ...], ...], x: Array, tape: bool
+) -> tuple[Array, Any, Run | None, tuple[int, int, int, int, int, int]] | None: ...  # as rnnfast.functional.forward; None: not such a call
 def backward(
     run: Run,
     dy: Array,

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from sys import intern
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,6 +50,7 @@ class Tape:
     started: bool  # was the state given?
     checksum: int | None = None  # of x, in debug mode
     parts: Sequence[tuple[int, int, Tape, NDArray[np.bool_]]] = ()  # see _forward_in_parts
+    plain: bool = False  # by _core.forward_plain: of no parameters but those whose gradients the kernels write
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------------------------------
@@ -90,7 +92,7 @@ def _weights(params: Mapping[str, Array], suffix: str, who: str) -> _Weights:
 def _names(L: int, D: int) -> tuple[list[tuple[tuple[str, ...], ...]], frozenset[str]]:
     """The names of each layer's weights in each direction, and all of them: those whose gradients the kernels write."""
     ends = [[f"_l{layer}" + ("_reverse" if d else "") for d in range(D)] for layer in range(L)]
-    names = [tuple(tuple(name + end for name in _NAMES) for end in directions) for directions in ends]
+    names = [tuple(tuple(intern(name + end) for name in _NAMES) for end in directions) for directions in ends]  # a lookup is then one comparison
     return names, frozenset(name for layer in names for direction in layer for name in direction)
 
 
@@ -183,6 +185,15 @@ def forward(
     if cell == "gru_reset_before" and ("weight_hr_l0" in params or output_taps > 1):
         raise ValueError(f"{cell}: takes no projection and no output taps, since r multiplies the H-wide state unit by unit")
     params = params if isinstance(params, dict) else dict(params)
+    if (
+        L == D == output_taps == 1 and state is None and lengths is None and batch_sizes is None and reset is None and dropout_masks is None
+        and snapshot is None and compute_dtype is None and threads is None and not (skip or cells or recompute or _DEBUG)
+        and isinstance(x, np.ndarray)
+    ):  # fmt: skip
+        done = _core.forward_plain(cell, params, _names(1, 1)[0][0], x, tape)
+        if done is not None:
+            y, final, run, sizes = done
+            return y, final, None if run is None else Tape(cell, params, [run], x, sizes, None, False, isinstance(final, tuple), False, plain=True)
     x = _array(x, "x", who)
     if x.ndim != (3 if batch_sizes is None else 2):
         raise ValueError(f"{who}: x must have shape {'(T, B, I)' if batch_sizes is None else '(tokens, I)'}, got {x.shape}")
@@ -358,6 +369,8 @@ def backward(
     gradients = gradients if gradients is None or isinstance(gradients, dict) else dict(gradients)
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
+    if tape.plain and dstate is None and not need_dstate and isinstance(dy, np.ndarray) and tape.params.keys() <= gradients.keys():
+        return _core.backward(tape.runs[0], dy, None, None, need_dx, None, None, gradients, accumulate, threads)[0], None, gradients
     L, D, B, H, R, S = tape.sizes
     x, dtype, lead, carries = tape.x, tape.x.dtype, tape.x.shape[:-1], who != "rnn"
     wide, symbols = ((L if tape.skip else 1) * D * R, "(T, B, L*D*R)" if tape.skip else "(T, B, D*R)")
