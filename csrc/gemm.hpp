@@ -114,12 +114,12 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
       Reg<T> held[MR];
       for (int r = 0; r < MR; ++r) held[r] = E::broadcast(row[r] + at);
       for (int v = 0; v < NV; ++v) {
-        const Reg<T> b = load(w + v * L);
+        const Reg<T> b = MR > 1 ? once<T>(load(w + v * L)) : load(w + v * L);
         for (int r = 0; r < MR; ++r) acc[r][v] = E::add_product(held[r], b, acc[r][v]);
       }
     } else {
       Reg<T> held[NV];
-      for (int v = 0; v < NV; ++v) held[v] = load(w + v * L);
+      for (int v = 0; v < NV; ++v) held[v] = once<T>(load(w + v * L));
       for (int r = 0; r < MR; ++r) {
         const Reg<T> b = E::broadcast(row[r] + at);
         for (int v = 0; v < NV; ++v) acc[r][v] = E::add_product(b, held[v], acc[r][v]);
@@ -350,7 +350,7 @@ RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, 
   }
   for (int64_t k = 0; k < K; ++k) {
     const T* const from = row[k] + j;
-    for (int v = 0; v < N; ++v) held[v] = load(from + v * L, v == N - 1 ? count : L);
+    for (int v = 0; v < N; ++v) held[v] = once<T>(load(from + v * L, v == N - 1 ? count : L));
     for (int r = 0; r < MR; ++r) {
       const Reg<T> b = all(a[r][k * step]);
       for (int v = 0; v < N; ++v) acc[r][v] = fma<T>(b, held[v], acc[r][v]);

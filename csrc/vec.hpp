@@ -103,6 +103,14 @@ template <class T>
 RNNFAST_INLINE void store(T* p, Reg<T> v) {
   memcpy(p, &v, sizeof v);
 }
+// v in a register from here on. Compilers like to fold a load into every operation that uses it, and so to load as often as they multiply.
+template <class T>
+RNNFAST_INLINE Reg<T> once(Reg<T> v) {
+#if !defined(RNNFAST_SCALAR) && defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
 // The first n lanes, 0 < n <= LANES; the others are read as 0 and never touched in memory.
 template <class T>
 RNNFAST_INLINE Reg<T> load(const T* p, int n) {
