@@ -562,6 +562,7 @@ class Run {
   }
   Run(const Run&) = delete;
 
+  size_t weights() const { return kept_.size(); }  // before forward keeps more
   size_t item() const { return dtype == FLOAT32 ? 4 : 8; }
   void* at(const void* p, int64_t element) const {
     return p ? const_cast<char*>(static_cast<const char*>(p)) + element * static_cast<int64_t>(item()) : nullptr;
@@ -643,18 +644,15 @@ int at_most(const std::optional<int>& threads) {
   return threads.value_or(ALL);
 }
 
-// Layer number `layer`: x, y and cells are of this layer, the states (L*D, B, ·) of all, zeros where null; y is new where null; resets
-// and snapshot are absent or one a direction. -> y, run or None.
-py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout, const py::dict& params, const py::tuple& names,
-                  int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, Array y, const Array& h_0,
-                  const Array& c_0, Array h_T, Array c_T, std::vector<Indices> resets, const Array& fresh_h, const Array& fresh_c,
-                  const Array& cells, bool tape, bool recompute, const std::vector<Packs*>& snapshot, const std::optional<int>& threads) {
-  const int most = at_most(threads);
-  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), params, names, layer);
+// x, y and cells are of one layer, the states (L*D, B, ·) of all, zeros where null; y is new where null; resets and snapshot are absent or
+// one a direction. -> y, run or None.
+py::tuple compute_forward(std::unique_ptr<Run> run, const py::array& x, Array y, const Array& h_0, const Array& c_0, Array h_T, Array c_T,
+                          std::vector<Indices> resets, const Array& fresh_h, const Array& fresh_c, const Array& cells, bool tape,
+                          bool recompute, const std::vector<Packs*>& snapshot, int most) {
   const Layout& l = *run->layout;
   const Checker& check = run->check;
   const Job& first = run->jobs[0];
-  const int64_t B = l.B, H = first.H, R = first.R, S = R * taps, D = static_cast<int64_t>(run->D);
+  const int64_t B = l.B, H = first.H, R = first.R, S = R * first.taps, D = static_cast<int64_t>(run->D);
   if (!y) y = run->fresh(D * R, most);
   const Tokens x_at = check.tokens(x, "x", l, first.I, false), y_at = check.tokens(y, "y", l, D * R, true),
                cells_at = check.tokens(cells, "cells", l, D * H, true);
@@ -706,26 +704,32 @@ std::shared_ptr<const Layout> plain_layout(int64_t T, int64_t B) {
 // A call that asks for nothing but one layer's outputs, in one direction, of whole rows, from the state zero, without its way through
 // Python. -> y, the state, run or None, (L, D, B, H, R, S); or None where the arguments are not such a call's, or are wrong.
 py::object forward_plain(const std::string& cell, const py::dict& params, const py::tuple& names, const py::array& x, bool tape) {
+  if (x.ndim() != 3) return py::none();
   try {
     const CellKind kind = kind_of(cell);
-    const Weights w = find(params, names[0], family(kind));
-    size_t known = 0;
-    for (const Array& a : w) known += a.has_value();
-    if (known != params.size() || x.ndim() != 3 || !w[0] || w[0]->ndim() != 2) return py::none();  // others are states to start from
-    const int64_t B = x.shape(1), H = w[0]->shape(0) / gates(kind), R = w[5] && w[5]->ndim() == 2 ? w[5]->shape(0) : H;
-    const bool paired = gates(kind) == 4 || (carries(kind) && w[5]);
-    const py::dtype dtype = x.dtype();
-    py::array h_T(dtype, {int64_t{1}, B, R});
+    auto run = std::make_unique<Run>(kind, std::nullopt, 1, plain_layout(x.shape(0), x.shape(1)), params, names, 0);
+    if (run->weights() != params.size()) return py::none();  // there is a state to start from
+    const int64_t B = run->layout->B, H = run->jobs[0].H, R = run->jobs[0].R;
+    py::array h_T(run->check.dtype, {int64_t{1}, B, R});
     Array c_T;
-    if (paired) c_T = py::array(dtype, {int64_t{1}, B, H});
-    py::tuple done = forward(cell, plain_layout(x.shape(0), B), params, names, 0, std::nullopt, 1, x, {}, {}, {}, h_T, c_T, {}, {}, {}, {},
-                             tape, false, {}, std::nullopt);
-    py::object state = paired ? py::object(py::make_tuple(std::move(h_T), std::move(*c_T))) : py::object(std::move(h_T));
-    if (tape) py::detail::array_proxy(py::object(done[0]).ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
-    return py::make_tuple(done[0], std::move(state), done[1], py::make_tuple(1, 1, B, H, R, R));
+    if (gates(kind) == 4 || (carries(kind) && run->jobs[0].projected)) c_T = py::array(run->check.dtype, {int64_t{1}, B, H});
+    const py::tuple done = compute_forward(std::move(run), x, {}, {}, {}, h_T, c_T, {}, {}, {}, {}, tape, false, {}, ALL);
+    if (tape) py::detail::array_proxy(PyTuple_GET_ITEM(done.ptr(), 0))->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+    const py::object state = c_T ? py::object(py::make_tuple(h_T, *c_T)) : py::object(h_T);
+    return py::make_tuple(done[0], state, done[1], py::make_tuple(1, 1, B, H, R, R));
   } catch (const py::builtin_exception&) {
     return py::none();
   }
+}
+
+py::tuple forward(const std::string& cell, std::shared_ptr<const Layout> layout, const py::dict& params, const py::tuple& names,
+                  int64_t layer, const std::optional<std::string>& compute, int64_t taps, const py::array& x, const Array& y,
+                  const Array& h_0, const Array& c_0, const Array& h_T, const Array& c_T, const std::vector<Indices>& resets,
+                  const Array& fresh_h, const Array& fresh_c, const Array& cells, bool tape, bool recompute,
+                  const std::vector<Packs*>& snapshot, const std::optional<int>& threads) {
+  const int most = at_most(threads);
+  auto run = std::make_unique<Run>(kind_of(cell), compute, taps, std::move(layout), params, names, layer);
+  return compute_forward(std::move(run), x, y, h_0, c_0, h_T, c_T, resets, fresh_h, fresh_c, cells, tape, recompute, snapshot, most);
 }
 
 // dy is of this layer, the states' gradients of all layers. -> dx or None, and for each direction with resets the gradients (events, R) and
