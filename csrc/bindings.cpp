@@ -324,7 +324,7 @@ bool stays_alone(double flops, int threads) {
   return threads == 1 || flops < 2e5 || (flops < 8e6 && team_sleeps()) || (flops < 2e8 && cores_are_taken());
 }
 
-// kept: forward's weights are packed already.
+// kept: forward's packed weights outlive the call.
 Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, int most) {
   const int threads = threads_of(most);
   const double step =
@@ -334,11 +334,12 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, in
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
   if (stays_alone(all, threads)) return {1, 1};
   const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
-  // In one step each weight is used once. By rows, forward packs them all, unless they are kept, and every thread reads them all; by units,
-  // every thread reads all rows.
+  // In one step each weight is used once. By rows, forward would pack them first, unless they are kept, and every thread read them all; by
+  // units, every thread reads all rows.
   if (j.T == 1 && by_units) {
-    const double weights = all / static_cast<double>(j.B);
-    if (kept ? weights >= 1e7 && j.B < 32 * threads : weights >= 4e6 || j.B <= (backward ? 16 : 64) * threads) return {threads, 1};
+    const double weights = all / static_cast<double>(j.start[1]);  // flops of a row
+    if (kept ? j.B < 2 * threads || (weights >= 1e7 && j.B < 32 * threads) : weights >= 4e6 || j.B <= (backward ? 16 : 64) * threads)
+      return {threads, 1};
   }
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
@@ -440,7 +441,7 @@ void run_together(std::vector<Call>& calls) {
   Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.backward, a.snapshot, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
-  if (p.row_groups > 1 || stays_alone(work, threads_of(a.most))) {
+  if (p.row_groups > 1 || (a.job.T == 1 && p.workers > 2) || stays_alone(work, threads_of(a.most))) {
     a.run();
     b.run();
     return;
@@ -694,7 +695,7 @@ py::tuple compute_forward(std::unique_ptr<Run> run, const py::array& x, Array y,
 
 // Every row at each of T steps. Calls in a row are mostly of one size.
 std::shared_ptr<const Layout> plain_layout(int64_t T, int64_t B) {
-  static std::shared_ptr<const Layout>& latest = *new std::shared_ptr<const Layout>;  // the GIL guards it
+  thread_local std::shared_ptr<const Layout> latest;
   if (latest && latest->T == T && latest->B == B) return latest;
   auto made = std::make_shared<const Layout>(T, B, std::nullopt);
   if (T + B <= 4096) latest = made;
@@ -770,6 +771,9 @@ py::tuple backward(const Run& run, const py::array& dy, const Array& dh_T, const
     Weights& g = out_of.emplace_back(find(gradients, names, family(check.kind)));
     const auto out = [&](size_t i, const void* weight, const char* symbols, Shape shape) {
       if (!weight) g[i].reset();
+      if (weight && !g[i])
+        throw py::key_error(check.who() + "gradients lacks '" + Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i))).text() +
+                            "'");
       return check.out(g[i], Name(PyTuple_GET_ITEM(names.ptr(), static_cast<py::ssize_t>(i)), true), symbols, shape);
     };
     j.dw_ih = out(0, j.w_ih, "(G*H, I)", {GH, I});

@@ -103,10 +103,10 @@ template <class T>
 RNNFAST_INLINE void store(T* p, Reg<T> v) {
   memcpy(p, &v, sizeof v);
 }
-// v in a register from here on. Compilers like to fold a load into every operation that uses it, and so to load as often as they multiply.
+// v in a register from here on: where multiply-adds take an operand from memory, compilers like to load it again for each that uses it.
 template <class T>
 RNNFAST_INLINE Reg<T> once(Reg<T> v) {
-#if !defined(RNNFAST_SCALAR) && defined(__x86_64__)
+#if !defined(RNNFAST_SCALAR) && defined(__AVX2__)
   __asm__("" : "+v"(v));
 #endif
   return v;

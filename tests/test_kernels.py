@@ -320,9 +320,11 @@ def test_nothing_to_do_leaves_no_gradient(cell: str, shape: str, target: str) ->
     assert all((found["d" + name] == 0).all() for name in no_rows(cell, shape).params if name.endswith(("l0", "reverse")))
 
 
-@pytest.mark.parametrize("cell", functional.CELLS)
+@pytest.mark.parametrize("T, B", [(6, 2), (1, 1), (0, 2), (3, 0)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("projected", [False, True])
-def test_a_plain_call_gives_the_bits_of_the_long_way(cell: str, projected: bool) -> None:
+@pytest.mark.parametrize("cell", functional.CELLS)
+def test_a_plain_call_gives_the_bits_of_the_long_way(cell: str, projected: bool, dtype: type, T: int, B: int) -> None:
     """One layer from no state goes to the kernels straight; naming the threads takes the way through Python's checks."""
     if projected and cell == "gru_reset_before":
         pytest.skip("takes no projection")
@@ -331,29 +333,46 @@ def test_a_plain_call_gives_the_bits_of_the_long_way(cell: str, projected: bool)
     shapes: dict[str, tuple[int, ...]] = {"weight_ih_l0": (G * H, I), "weight_hh_l0": (G * H, R), "bias_ih_l0": (G * H,), "bias_hh_l0": (G * H,)}
     shapes |= {"weight_peep_l0": (3, H)} if cell == "lstm_peephole" else {}
     shapes |= {"weight_hr_l0": (R, H)} if projected else {}
-    params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    x, dy = rng.standard_normal((6, 2, I)).astype(np.float32), rng.standard_normal((6, 2, R)).astype(np.float32)
+    params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    x, dy = rng.standard_normal((B, T, I)).astype(dtype).swapaxes(0, 1), rng.standard_normal((T, B, R)).astype(dtype)
     ways = []
     for threads in (None, functional._core.get_num_threads()):
         y, state, tape = functional.forward(cell, x, None, params, threads=threads)
-        assert tape.plain == (threads is None) and not y.flags.writeable
+        assert tape.plain == (threads is None and not functional._DEBUG) and not y.flags.writeable
         gradients = {name: np.ones_like(value) for name, value in params.items()}
         dx, dstate, _ = functional.backward(tape, dy, None, gradients, need_dstate=False)
         assert dstate is None
-        dx_2, dstate, fresh = functional.backward(tape, dy)
+        written = {name: np.ones_like(value) for name, value in params.items()}
+        none, _, _ = functional.backward(tape, dy, None, written, accumulate=False, need_dx=False, need_dstate=False)
+        assert none is None
+        fresh = functional.backward(tape, dy, need_dstate=False)[2]
+        dx_2, dstate, fresh_2 = functional.backward(tape, dy)
         assert np.array_equal(dx, dx_2)
-        ways.append([y, dx, *gradients.values(), *fresh.values(), *(s for pair in (state, dstate) for s in (pair if isinstance(pair, tuple) else (pair,)))])
-        y, _, none = functional.forward(cell, x, None, params, tape=False, threads=threads)
-        assert none is None and y.flags.writeable and np.array_equal(y, ways[-1][0])
+        states = [s for pair in (state, dstate) for s in (pair if isinstance(pair, tuple) else (pair,))]
+        ways.append([y, dx, *states, *gradients.values(), *written.values(), *fresh.values(), *fresh_2.values()])
+        y, _, nothing = functional.forward(cell, x, None, params, tape=False, threads=threads)
+        assert nothing is None and y.flags.writeable and np.array_equal(y, ways[-1][0])
+        learned = gradients | {"h_0": np.zeros((1, 1, R), dtype)}  # collects what flows into the state that no one gave
+        functional.backward(tape, dy, None, learned, need_dstate=False)
+        h_gradient = dstate[0] if isinstance(dstate, tuple) else dstate
+        assert np.array_equal(learned["h_0"], h_gradient.sum(axis=1, keepdims=True))
+        before = {name: value.copy() for name, value in gradients.items()}
+        for wrong, error, text in (
+            ({"bias_hh_l0": np.zeros(2, dtype)}, ValueError, "gradient of bias_hh_l0 must have shape"),
+            ({"bias_hh_l0": np.zeros(G * H, np.float16)}, ValueError, "gradient of bias_hh_l0 must .*dtype float"),
+            ({"weight_hh_l0": None}, (KeyError, AttributeError), "weight_hh_l0|None"),
+        ):
+            with pytest.raises(error, match=text):
+                functional.backward(tape, dy, None, gradients | wrong, need_dstate=False)  # type: ignore[operator]
         with pytest.raises(ValueError, match="dy must have shape"):
-            functional.backward(tape, dy[:, :1], None, gradients, need_dstate=False)
-        with pytest.raises(KeyError, match="weight_hh_l0"):
+            functional.backward(tape, np.zeros((T, B + 1, R), dtype), None, gradients, need_dstate=False)
+        with pytest.raises(KeyError, match="gradients lacks 'weight_hh_l0'"):
             functional.backward(tape, dy, None, {name: g for name, g in gradients.items() if name != "weight_hh_l0"}, need_dstate=False)
-        with pytest.raises(ValueError, match="gradient of bias_hh_l0 must have shape"):
-            functional.backward(tape, dy, None, gradients | {"bias_hh_l0": np.zeros(2, np.float32)}, need_dstate=False)
+        assert all(np.array_equal(before[name], gradients[name]) for name in before)
         with pytest.raises(ValueError, match="weight_ih_l0 must have shape"):
             functional.forward(cell, x[..., :2], None, params, threads=threads)
     for a, b in zip(*ways, strict=True):
         assert np.array_equal(a, b)
-    learned = params | {"h_0": np.ones((1, 1, R), np.float32)}  # a state to start from is not plain
-    assert not functional.forward(cell, x, None, learned)[2].plain and not np.array_equal(functional.forward(cell, x, None, learned)[0], ways[0][0])
+    begun = params | {"h_0": np.ones((1, 1, R), dtype)}  # a state to start from is not plain
+    assert not functional.forward(cell, x, None, begun)[2].plain
+    assert y.size == 0 or not np.array_equal(functional.forward(cell, x, None, begun)[0], y)

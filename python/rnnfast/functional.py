@@ -369,7 +369,7 @@ def backward(
     gradients = gradients if gradients is None or isinstance(gradients, dict) else dict(gradients)
     if gradients is None:
         gradients, accumulate = {name: np.empty_like(value, order="C") for name, value in tape.params.items()}, False
-    if tape.plain and dstate is None and not need_dstate and isinstance(dy, np.ndarray) and tape.params.keys() <= gradients.keys():
+    if tape.plain and dstate is None and not need_dstate and isinstance(dy, np.ndarray) and "h_0" not in gradients and "c_0" not in gradients:
         return _core.backward(tape.runs[0], dy, None, None, need_dx, None, None, gradients, accumulate, threads)[0], None, gradients
     L, D, B, H, R, S = tape.sizes
     x, dtype, lead, carries = tape.x, tape.x.dtype, tape.x.shape[:-1], who != "rnn"

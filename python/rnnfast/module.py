@@ -81,7 +81,7 @@ class Module:
         kind = np.dtype(dtype)
         if kind not in (np.dtype("float32"), np.dtype("float64")):
             raise ValueError(f"{self._name}: dtype must be float32 or float64, got {kind}")
-        self._shapes = {intern(name): tuple(int(n) for n in shape) for name, shape in shapes.items()}
+        self._shapes = {intern(str(name)): tuple(int(n) for n in shape) for name, shape in shapes.items()}
         self._bind(np.zeros(sum(math.prod(shape) for shape in self._shapes.values()), kind), None)
 
     def _bind(self, flat: Array, flat_gradient: Array | None) -> None:
