@@ -230,7 +230,7 @@ def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
     lines += _grid_section(grid_of(shapes), every, plots)
     workloads = [s for s in shapes if s.ours["name"] and s.ours["name"] != PRECISION]
     if workloads:
-        lines += ["## Workloads", "", "The last column holds the targets that exist for one; they are against torch, short ones in bold.", ""]
+        lines += ["## Workloads", "", "The last column holds the targets that exist for one, against torch; where one is missed, also the share of the roof that would meet it.", ""]
         lines += table(["workload", *COLUMNS, "torch / ours (wanted)"], ([*_row(s), _wanted(s, shapes)] for s in workloads))
     lines += _precision_section([s for s in shapes if s.ours["name"] == PRECISION])
     lines += _scaling_section(shapes)
@@ -281,7 +281,8 @@ def _row(s: Shape) -> list[str]:
 
 def _wanted(s: Shape, shapes: Sequence[Shape]) -> str:
     found = [claim for claim in _of_workload(s, shapes) if claim.group.endswith("torch / ours")]
-    return ", ".join(f"{claim} ({claim.target:g})" for claim in found)
+    roof = s.ours["share_of_roof"]
+    return ", ".join(f"{claim} ({claim.target:g}{'' if claim.met else f', at {roof * claim.target / claim.value:.0%} of the roof'})" for claim in found)
 
 
 def _precision_section(shapes: Sequence[Shape]) -> list[str]:

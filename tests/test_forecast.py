@@ -86,6 +86,12 @@ def test_the_table_is_not_overwritten(tmp_path, capsys):
         assert "overwrite" in capsys.readouterr().err and path.read_bytes() == before
 
 
+def test_the_plot_does_not_overwrite_the_forecasts(tmp_path, capsys):
+    path = table(tmp_path / "a.csv", 150)
+    assert main(["forecast", str(path), "--target", "sold", "--horizon", "5", "--epochs", "1", "--out", str(tmp_path / "out.png")]) == 2
+    assert "as CSV" in capsys.readouterr().err and not (tmp_path / "out.png").exists()
+
+
 def test_a_forecast_that_cannot_be_written_leaves_the_one_before(tmp_path):
     path, numbers = tmp_path / "out.csv", np.ones(2)
     write_forecast(path, Report(numbers, numbers, numbers, {}, 1, 1), "sold")

@@ -297,6 +297,21 @@ def test_a_wrong_dy_costs_nothing() -> None:
         net.backward(y)
 
 
+@pytest.mark.parametrize("layer", [LSTM(3, 4, seed=1), RNN(3, 4, seed=1)])
+def test_a_wrong_dstate_costs_nothing(layer: Any) -> None:
+    net = Graph({"h": (layer, "x"), "y": (Linear(4, 2, seed=2), "h")})
+    y, state = net(np.ones((5, 1, 3), np.float32))
+    right = state["h"]
+    for wrong in (right[0][:, :0] if isinstance(right, np.ndarray) else (right[0], right[1][..., :2]), np.zeros((1, 1, 4)), (right,) * 3):
+        with pytest.raises(ValueError, match="dstate of 'h' must have shapes"):
+            net.backward(y, {"h": wrong})
+    net.backward(y, {"h": None})
+    y, state = net(np.ones((5, 1, 3), np.float32))
+    net.backward(y, state)
+    with pytest.raises(RuntimeError, match="Graph: backward without a forward"):
+        net.backward(y)
+
+
 def test_a_wrong_dict_of_gradients_costs_nothing() -> None:
     net = Graph({"a": (linear(), "x"), "b": (linear(), "x")}, outputs=["a", "b"])
     y, _ = net(np.ones((5, 1, 3), np.float32))

@@ -157,6 +157,9 @@ def _forecast(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else source.with_name(f"{source.stem}-forecast.csv")
     if out.exists() and out.samefile(source):
         raise InputError(f"--out is {source} itself, which it would overwrite")
+    plot = out.with_suffix(".png")
+    if plot == out:
+        raise InputError(f"--out is for the forecasts, as CSV; the plot goes beside it and would overwrite {out}")
     columns, _ = read_csv(source, args.target)
     settings = Settings(cell=args.cell, hidden_size=args.hidden, epochs=args.epochs, seed=args.seed)
     report = forecast_series(
@@ -169,8 +172,8 @@ def _forecast(args: argparse.Namespace) -> int:
     write_forecast(out, report, args.target)
     print(f"forecasts with 80 % intervals: {out}")
     try:
-        forecast_plot(columns[args.target], report.forecast, report.low, report.high, out.with_suffix(".png"), args.target)
-        print(f"plot: {out.with_suffix('.png')}")
+        forecast_plot(columns[args.target], report.forecast, report.low, report.high, plot, args.target)
+        print(f"plot: {plot}")
     except ImportError:
         pass  # the plot needs an extra
     return 0

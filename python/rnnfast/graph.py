@@ -37,6 +37,12 @@ def _sum(a: Any, b: Any) -> Any:
     return a + b
 
 
+def _kinds(state: Any) -> list[tuple[Any, Any]]:
+    """Shape and dtype of a layer's state: of h, or of h and c."""
+    parts = [np.asarray(part) for part in (state if isinstance(state, (tuple, list)) else (state,))]
+    return [(part.shape, part.dtype) for part in parts]
+
+
 class Graph(Module):
     """A network of layers: {name: (layer, source or [sources])}, and {"name.state": source} for initial states.
 
@@ -179,13 +185,14 @@ class Graph(Module):
             else:
                 values[name] = layer(joined)
         shapes = {key: (v.shape, v.dtype) for key, v in values.items() if isinstance(v, np.ndarray)}
+        ends = {name: _kinds(s) for name, s in final.items() if not isinstance(s, Mapping)}  # a graph's own are its own to check
         y = values[self.outputs[0]] if self._one_output else {name: values[name] for name in self.outputs}
-        return y, final, (shapes, isinstance(x, Mapping))
+        return y, final, (shapes, ends, isinstance(x, Mapping))
 
     def backward(self, dy: Any, dstate: Any = None) -> tuple[Any, dict[str, Any]]:
         """Undoes the latest forward: dx and dstate from dy; parameter gradients accumulate in the layers."""
         with self._alone():
-            shapes, by_name = self._pop()
+            tape = shapes, kinds, by_name = self._pop()
             try:
                 d: dict[str, Any] = {name: np.asarray(g) for name, g in ({self.outputs[0]: dy} if self._one_output else dict(dy)).items()}
                 ends = {f"{name}.state": g for name, g in (dstate or {}).items()}
@@ -197,8 +204,11 @@ class Graph(Module):
                         raise ValueError(f"Graph: dy of {name!r} must have shape {shape}, got {g.shape}")
                     if g.dtype != dtype:
                         raise TypeError(f"Graph: dy of {name!r} must have dtype {dtype}, got {g.dtype}")
+                for name, g in (dstate or {}).items():
+                    if g is not None and name in kinds and _kinds(g) != kinds[name]:
+                        raise ValueError(f"Graph: dstate of {name!r} must have shapes and dtypes {kinds[name]}, got {_kinds(g)}")
             except (AttributeError, TypeError, ValueError):
-                self._push((shapes, by_name))  # a wrong dy costs nothing
+                self._push(tape)  # a wrong dy or dstate costs nothing
                 raise
             d.update(ends)
             starts = {}
