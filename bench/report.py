@@ -230,7 +230,8 @@ def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
     lines += _grid_section(grid_of(shapes), every, plots)
     workloads = [s for s in shapes if s.ours["name"] and s.ours["name"] != PRECISION]
     if workloads:
-        lines += ["## Workloads", "", "The last column holds the targets that exist for one, against torch; where one is missed, also the share of the roof that would meet it.", ""]
+        lines += ["## Workloads", "", "The last column holds the targets that exist for one, against torch; where one is missed, also the share of the"]
+        lines += ["roof that would meet it.", ""]
         lines += table(["workload", *COLUMNS, "torch / ours (wanted)"], ([*_row(s), _wanted(s, shapes)] for s in workloads))
     lines += _precision_section([s for s in shapes if s.ours["name"] == PRECISION])
     lines += _scaling_section(shapes)
