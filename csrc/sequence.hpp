@@ -122,19 +122,24 @@ struct Sequence {
   static T* out(void* p) { return static_cast<T*>(p); }
   bool resets_at(int64_t t, int64_t r) const { return j.reset && j.reset[t * j.B + j.index[r]] >= 0; }
 
-  // ---- the tape: what backward needs of each token, [KEPT | q | c | hidden][Hp] --------------------------------------------------------
+  // ---- the tape: what backward needs of each token -------------------------------------------------------------------------------------
 
-  static constexpr int64_t Q_AT = Cell::KEPT, C_AT = Q_AT + RESETS_FIRST, HIDDEN_AT = C_AT + Cell::CARRIES;
-  //      with `recompute` [c][Hp], and backward makes the rest again for the tokens of a chunk
+  // First [block][KEPT][L] and q and hidden [Hp] of every token, so that backward reads in one stream; then every token's c [Hp], which it
+  // needs a step earlier, unless y shows it. With `recompute` c alone, and backward makes the rest again for the tokens of a chunk.
+  static constexpr int64_t Q_AT = Cell::KEPT, HIDDEN_AT = Q_AT + RESETS_FIRST;
 
   int64_t pitch() const { return (HIDDEN_AT + j.projected) * Hp; }
+  bool carries_apart() const { return Cell::CARRIES && (!Cell::SHOWS_CARRY || j.projected); }
   bool keeps() const { return j.tape && !j.recompute; }
-  int64_t token_pitch() const { return j.recompute ? Cell::CARRIES * Hp : pitch(); }
+  int64_t tape_pitch() const { return j.recompute ? 0 : pitch(); }
+  int64_t history_at() const { return j.start[j.T] * (tape_pitch() + (carries_apart() ? Hp : 0)); }
   int64_t history_pitch() const { return (j.T + j.taps) * j.R; }
-  int64_t tape_size() const { return j.start[j.T] * token_pitch() + (j.taps > 1 ? j.B * history_pitch() : 0); }
-  T* tape_row(int64_t t, int64_t r) const { return out(j.tape) + (j.start[t] + r) * token_pitch(); }
-  T* tape_c(int64_t t, int64_t r) const { return tape_row(t, r) + (j.recompute ? 0 : C_AT * Hp); }
-  T* history() const { return out(j.tape) + j.start[j.T] * token_pitch(); }
+  int64_t tape_size() const { return history_at() + (j.taps > 1 ? j.B * history_pitch() : 0); }
+  T* tape_row(int64_t t, int64_t r) const { return out(j.tape) + (j.start[t] + r) * tape_pitch(); }
+  const T* c_after(int64_t t, int64_t r) const { return carries_apart() ? tape_c(t, r) : row_of(j.y, t, r); }
+  T* tape_c(int64_t t, int64_t r) const { return out(j.tape) + j.start[j.T] * tape_pitch() + (j.start[t] + r) * Hp; }
+  T* history() const { return out(j.tape) + history_at(); }
+  static int64_t kept_at(int64_t block, int k) { return (block * Cell::KEPT + k) * L; }
   // The operand of step s lies here, newest first; y of step s goes R below.
   T* window(T* past, int64_t r, int64_t s) const { return past + r * history_pitch() + (j.T - s) * j.R; }
 
@@ -149,7 +154,7 @@ struct Sequence {
   const T* c_before(int64_t s, int64_t r) const {
     if (resets_at(time(s), r)) return in(j.fresh_c);
     if (s == 0 || r >= j.active[time(s - 1)]) return in(j.c_0) + j.index[r] * H;
-    return tape_c(time(s - 1), r);
+    return c_after(time(s - 1), r);
   }
 
   void load_peepholes(int64_t b, V* p) const {
@@ -197,7 +202,7 @@ struct Sequence {
     T* panel;  // a block of a panel, for weights that are used once
     Encoded encoded;
     T *bias, *peep, *b_hr, *a;  // one token's sums to start from; [PEEP][block][L]; [R]; [token of a chunk][sums]
-    T *state, *past;            // without a tape: [row][pitch], [row][history_pitch]
+    T *state, *c, *past;        // without a tape: [row][pitch], [row][Hp], [row][history_pitch]
     const T **from, **h_prev, **c_prev;
     T** to;
   };
@@ -237,6 +242,7 @@ struct Sequence {
       if (i == w.id) f.a = a, f.from = from, f.to = to, f.h_prev = h_prev, f.c_prev = c_prev, f.panel = panel, f.encoded = encoded;
     }
     f.state = keeps() ? nullptr : arena.take<T>(j.B * pitch());
+    f.c = j.tape || !carries_apart() ? nullptr : arena.take<T>(j.B * Hp);
     f.past = j.taps == 1 ? nullptr : j.tape ? history() : arena.take<T>(j.B * history_pitch());
     return f;
   }
@@ -389,11 +395,9 @@ struct Sequence {
       if constexpr (Cell::CARRIES) c = load(c_prev + b * L, lanes(b));
       Cell::template forward<M, V>(v, p, c, kept, c, h);
       if (kept_row)
-        for (int k = 0; k < Cell::KEPT; ++k) store(kept_row + k * Hp + b * L, kept[k]);
-      if constexpr (Cell::CARRIES) {
-        store(c_row + b * L, c);
-        if (cells_row) store(cells_row + b * L, c, lanes(b));
-      }
+        for (int k = 0; k < Cell::KEPT; ++k) store(kept_row + kept_at(b, k), kept[k]);
+      if (Cell::CARRIES && c_row) store(c_row + b * L, c);
+      if (Cell::CARRIES && cells_row) store(cells_row + b * L, c, lanes(b));
       if (h_row) store(h_row + b * L, h, lanes(b));
     }
   }
@@ -420,10 +424,10 @@ struct Sequence {
       const int64_t r = run.begin + i;
       T* kept_row = keeps() ? tape_row(t, r) : f.state + r * pitch();
       T* h_row = j.projected ? kept_row + HIDDEN_AT * Hp : out_row(j.y, t, r);
-      T* c_row = j.tape ? tape_c(t, r) : kept_row + C_AT * Hp;
+      T* c_row = !carries_apart() ? nullptr : j.tape ? tape_c(t, r) : f.c + r * Hp;
       ending(f, f.to[i], f.c_prev[r], keeps() ? kept_row : nullptr, c_row, Cell::CARRIES && j.cells.data ? out_row(j.cells, t, r) : nullptr,
              h_row);
-      if (Cell::CARRIES) f.c_prev[r] = c_row;
+      if (Cell::CARRIES) f.c_prev[r] = c_row ? c_row : h_row;
       f.from[i] = h_row;
     }
     sync();
@@ -657,8 +661,7 @@ struct Sequence {
       }
       each([&](int64_t i, int64_t step, int64_t r) {
         T* to = row(step, r);
-        ending(g, g.to[i], Cell::CARRIES ? c_before(step, r) : nullptr, to, to + C_AT * Hp, nullptr,
-               j.projected ? to + HIDDEN_AT * Hp : nullptr);
+        ending(g, g.to[i], Cell::CARRIES ? c_before(step, r) : nullptr, to, nullptr, nullptr, j.projected ? to + HIDDEN_AT * Hp : nullptr);
       });
     }
   }
@@ -687,7 +690,7 @@ struct Sequence {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = run.begin + i;
       const T* kept_from = kept_row(f, t, r);
-      const T* c_row = kept_from + C_AT * Hp;
+      const T* c_row = Cell::CARRIES ? c_after(t, r) : nullptr;
       const T* c_prev = Cell::CARRIES ? c_before(s, r) : nullptr;
       const T* dy = row_of(j.dy, t, r);
       const T* dh_row = j.projected ? f.dhidden + r * Hp : j.taps > 1 ? window(f.dh, r, s + 1) : f.dh + r * dh_pitch();
@@ -696,9 +699,9 @@ struct Sequence {
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         const int m = lanes(b);
         V kept[Cell::KEPT], p[Cell::PEEP + 1], d[PRE], c = all(T(0)), before = all(T(0)), dc = all(T(0));
-        for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + k * Hp + b * L);
+        for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + kept_at(b, k));
         load_peepholes(b, p);
-        if constexpr (Cell::CARRIES) c = load(c_row + b * L), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
+        if constexpr (Cell::CARRIES) c = load(c_row + b * L, m), before = load(c_prev + b * L, m), dc = load(dc_row + b * L);
         V dh = load(dh_row + b * L, m);
         if (Cell::SHOWS_CARRY && !j.projected)
           dh = dh + dc, dc = all(T(0));  // one state, whose two parts a caller sees as one between two calls
@@ -718,7 +721,7 @@ struct Sequence {
         const T *kept_from = kept_row(f, t, r), *c_prev = c_before(s, r);
         for (int64_t b = blocks.begin; b < blocks.end; ++b) {
           V kept[Cell::KEPT], d[PRE], dc = load(f.dc + r * Hp + b * L);
-          for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + k * Hp + b * L);
+          for (int k = 0; k < Cell::KEPT; ++k) kept[k] = load(kept_from + kept_at(b, k));
           Cell::template reset_backward<M, V>(kept, load(c_prev + b * L, lanes(b)), load(f.dq + r * Hp + b * L), dc, d);
           store(da + i * da_pitch() + b * L, d[0], lanes(b));
           store(f.dc + r * Hp + b * L, dc);
