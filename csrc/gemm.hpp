@@ -94,46 +94,52 @@ struct Bytes {
   static float inverse(float scale) { return scale > 0x1p-120f ? 1 / scale : 0; }  // all else counts as 0, or becomes NaN by its scale
 };
 
-// One tile. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last register stores `tail` lanes.
+// One tile, of one element k at least. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last
+// register stores `tail` lanes.
 template <class E, class T, int MR, int NV>
 void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail) {
   constexpr int L = LANES<T>;
   const T* row[MR];
-  for (int r = 0; r < MR; ++r) row[r] = a[r];
   Reg<T> acc[MR][NV];
-  const auto start = [&](int r, int v) {
+  const auto start = [&](auto r, auto v) RNNFAST_LAMBDA {
     if (first) return load(first + v * L);
     return v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
   };
   const T* const header = w;
   w += E::HEADER * NV * L;
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = E::HEADER ? all(T(0)) : start(r, v);
-  for (int64_t k = E::HEADER, at = k * step; k < K; ++k, at += step, w += NV * L) {
+  each<MR>([&](auto r) RNNFAST_LAMBDA {
+    row[r] = a[r];
+    each<NV>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = E::HEADER ? all(T(0)) : start(r, v); });
+  });
+  int64_t k = E::HEADER, at = k * step;
+  do {
     if constexpr (MR < NV) {
       Reg<T> held[MR];
-      for (int r = 0; r < MR; ++r) held[r] = E::broadcast(row[r] + at);
-      for (int v = 0; v < NV; ++v) {
+      each<MR>([&](auto r) RNNFAST_LAMBDA { held[r] = E::broadcast(row[r] + at); });
+      each<NV>([&](auto v) RNNFAST_LAMBDA {
         const Reg<T> b = MR > 1 ? once<T>(load(w + v * L)) : load(w + v * L);
-        for (int r = 0; r < MR; ++r) acc[r][v] = E::add_product(held[r], b, acc[r][v]);
-      }
+        each<MR>([&](auto r) RNNFAST_LAMBDA { acc[r][v] = E::add_product(held[r], b, acc[r][v]); });
+      });
     } else {
       Reg<T> held[NV];
-      for (int v = 0; v < NV; ++v) held[v] = once<T>(load(w + v * L));
-      for (int r = 0; r < MR; ++r) {
+      each<NV>([&](auto v) RNNFAST_LAMBDA { held[v] = once<T>(load(w + v * L)); });
+      each<MR>([&](auto r) RNNFAST_LAMBDA {
         const Reg<T> b = E::broadcast(row[r] + at);
-        for (int v = 0; v < NV; ++v) acc[r][v] = E::add_product(b, held[v], acc[r][v]);
-      }
+        each<NV>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = E::add_product(b, held[v], acc[r][v]); });
+      });
     }
-  }
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < NV; ++v) {
+    at += step, w += NV * L;
+  } while (++k < K);
+  each<MR>([&](auto r) RNNFAST_LAMBDA {
+    T* const to = c[r] + c_at;
+    each<NV>([&](auto v) RNNFAST_LAMBDA {
       if constexpr (E::HEADER > 0) acc[r][v] = start(r, v) + E::value(acc[r][v], row[r], load(header + v * L), load(header + (NV + v) * L));
       if (v == NV - 1)
-        store(c[r] + c_at + v * L, acc[r][v], tail);
+        store(to + v * L, acc[r][v], tail);
       else
-        store(c[r] + c_at + v * L, acc[r][v]);
-    }
+        store(to + v * L, acc[r][v]);
+    });
+  });
 }
 
 // A tile's inner loop with its operands in registers, `rounds` times; returns the number of multiplications and additions. One operand
@@ -192,6 +198,11 @@ constexpr int64_t PANEL_BYTES = 128 * 1024;
 template <class E, class T>
 __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t a_at, int64_t step, const T* w,
                                        const T* first, T* const* c, int64_t c_at) {
+  if (K <= E::HEADER) {  // nothing to add
+    for (int64_t r = 0; first && r < rows; ++r)
+      for (int v = 0; v < nv; ++v) store(c[r] + c_at + v * LANES<T>, load(first + v * LANES<T>), v == nv - 1 ? tail : LANES<T>);
+    return;
+  }
   const int64_t full = tile_rows(nv);
   const int64_t width = nv * LANES<T>;
   const int64_t K_block = rows <= full || E::HEADER ? most(K, 1) : most(1, PANEL_BYTES / (width * static_cast<int64_t>(sizeof(T))));
@@ -313,26 +324,26 @@ constexpr int GATE_ROWS = 8, COMBINED_ROWS = 64;  // so many rows of A by few_ga
 // `valid` on; squares of them are transposed in registers.
 template <class T, int MR>
 void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* first, T* const* c, int64_t c_at) {
-  constexpr int L = LANES<T>;
-  Reg<T> acc[MR], square[L];
-  const auto add = [&](int64_t k, int count) {
-    for (int i = 0; i < count; ++i)
-      for (int r = 0; r < MR; ++r) acc[r] = fma<T>(all(a[r][k + i]), square[i], acc[r]);
-  };
-  const auto part = [&](int64_t k, int64_t count) {
+  constexpr int L = LANES<T>, RUN = TRANSPOSED<T>;
+  Reg<T> acc[MR];
+  const auto add = [&](int64_t k, Reg<T> column)
+                       RNNFAST_LAMBDA { each<MR>([&](auto r) RNNFAST_LAMBDA { acc[r] = fma<T>(all(a[r][k]), column, acc[r]); }); };
+  const auto edge = [&](int64_t k, int64_t count) {
+    Reg<T> square[L];
     for (int lane = 0; lane < L; ++lane) square[lane] = lane < valid ? load(w + lane * K + k, static_cast<int>(count)) : all(T(0));
     transpose<T>(square);
-    add(k, static_cast<int>(count));
+    for (int i = 0; i < count; ++i) add(k + i, square[i]);
   };
-  for (int r = 0; r < MR; ++r) acc[r] = load(first ? first : c[r] + c_at);
+  each<MR>([&](auto r) RNNFAST_LAMBDA { acc[r] = load(first ? first : c[r] + c_at); });
   int64_t k = valid == L ? to_alignment(w, K) : 0;
-  if (k > 0) part(0, k);
-  for (; valid == L && k + L <= K; k += L) {
-    load_transposed(w + k, K, square);
-    add(k, L);
+  if (k > 0) edge(0, k);
+  for (; valid == L && k + RUN <= K; k += RUN) {
+    Reg<T> columns[RUN];
+    load_transposed(w + k, K, columns);
+    each<RUN>([&](auto i) RNNFAST_LAMBDA { add(k + i, columns[i]); });
   }
-  for (; k < K; k += L) part(k, least(L, K - k));
-  for (int r = 0; r < MR; ++r) store(c[r] + c_at, acc[r]);
+  for (; k < K; k += L) edge(k, least(L, K - k));
+  each<MR>([&](auto r) RNNFAST_LAMBDA { store(c[r] + c_at, acc[r]); });
 }
 
 // N registers of combine_rows' columns from j on, the last of them with `count` lanes.

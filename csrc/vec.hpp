@@ -40,6 +40,21 @@ constexpr int REGISTER_BYTES = 16, REGISTERS = 16;
 template <class T>
 constexpr int LANES = REGISTER_BYTES == 0 ? 1 : REGISTER_BYTES / static_cast<int>(sizeof(T));
 
+// f(0), …, f(N − 1), each with a constant: arrays of registers that are indexed so never lie in memory. Those that a loop indexes do,
+// before and after the innermost loop, however it is unrolled.
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+template <int N, class F>
+RNNFAST_INLINE void each(F f) {
+  if constexpr (N > 0) {
+    each<N - 1>(f);
+    f(Index<N - 1>{});
+  }
+}
+#define RNNFAST_LAMBDA __attribute__((always_inline))
+
 template <class T, int N>
 struct Vector {
   typedef T type __attribute__((vector_size(N * sizeof(T))));
@@ -233,24 +248,24 @@ RNNFAST_INLINE void transpose(Reg<T>* r) {
   }
 }
 
-// r[i] = numbers p[0 .. LANES)[i] of rows `pitch` apart: what loads and a transpose give, with fewer registers and shuffles where halves
-// of registers can be loaded.
+// r[i] = numbers i of LANES rows `pitch` apart, for i < TRANSPOSED: what loads and a transpose give, with fewer registers and shuffles
+// where halves of registers can be loaded.
+template <class T>
+constexpr int TRANSPOSED = LANES<T> == 16 ? 8 : LANES<T>;
 template <class T>
 RNNFAST_INLINE void load_transposed(const T* p, int64_t pitch, Reg<T>* r) {
   if constexpr (LANES<T> == 16) {
     typedef typename Vector<double, 4>::type Half;
-    for (int half = 0; half < 16; half += 8) {
-      Reg<T> rows[8];
-      for (int i = 0; i < 8; ++i) {  // squares of 4 rows side by side: from 0 and 4, and then from 8 and 12
-        const T* from = p + (i + i / 4 * 4) * pitch + half;
-        Half low, high;
-        memcpy(&low, from, sizeof low);
-        memcpy(&high, from + 4 * pitch, sizeof high);
-        rows[i] = (Reg<T>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
-      }
-      transpose_squares<T, 8>(rows);
-      for (int i = 0; i < 4; ++i) r[half + i] = even_blocks<T>(rows[i], rows[4 + i]), r[half + 4 + i] = odd_blocks<T>(rows[i], rows[4 + i]);
-    }
+    Reg<T> rows[8];
+    each<8>([&](auto i) RNNFAST_LAMBDA {  // squares of 4 rows side by side: from 0 and 4, and then from 8 and 12
+      const T* from = p + (i + i / 4 * 4) * pitch;
+      Half low, high;
+      memcpy(&low, from, sizeof low);
+      memcpy(&high, from + 4 * pitch, sizeof high);
+      rows[i] = (Reg<T>)__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    });
+    transpose_squares<T, 8>(rows);
+    each<4>([&](auto i) RNNFAST_LAMBDA { r[i] = even_blocks<T>(rows[i], rows[4 + i]), r[4 + i] = odd_blocks<T>(rows[i], rows[4 + i]); });
   } else {
     for (int i = 0; i < LANES<T>; ++i) r[i] = load(p + i * pitch);
     transpose<T>(r);
