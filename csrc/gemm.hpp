@@ -346,30 +346,30 @@ void few_gates(const T* const* a, int64_t K, const T* w, int valid, const T* fir
   each<MR>([&](auto r) RNNFAST_LAMBDA { store(c[r] + c_at, acc[r]); });
 }
 
-// N registers of combine_rows' columns from j on, the last of them with `count` lanes.
+// N registers of combine_rows' columns from j on, the last of them with `count` lanes, over one row at least.
 template <class T, int MR, int N>
 RNNFAST_INLINE void combine_columns(const T* const* a, int64_t step, int64_t K, const T* const* row, int64_t j, int count, bool fresh,
                                     bool around, T* const* c) {
   constexpr int L = LANES<T>;
-  Reg<T> acc[MR][N], held[N];
-  if (fresh) {
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < N; ++v) acc[r][v] = all(T(0));
-  } else {
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < N; ++v) acc[r][v] = load(c[r] + j + v * L, v == N - 1 ? count : L);
-  }
-  for (int64_t k = 0; k < K; ++k) {
+  Reg<T> acc[MR][N];
+  each<MR>([&](auto r) RNNFAST_LAMBDA {
+    each<N>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = fresh ? all(T(0)) : load(c[r] + j + v * L, v == N - 1 ? count : L); });
+  });
+  int64_t k = 0;
+  do {
     const T* const from = row[k] + j;
-    for (int v = 0; v < N; ++v) held[v] = once<T>(load(from + v * L, v == N - 1 ? count : L));
-    for (int r = 0; r < MR; ++r) {
+    Reg<T> held[N];
+    each<N>([&](auto v) RNNFAST_LAMBDA { held[v] = once<T>(load(from + v * L, v == N - 1 ? count : L)); });
+    each<MR>([&](auto r) RNNFAST_LAMBDA {
       const Reg<T> b = all(a[r][k * step]);
-      for (int v = 0; v < N; ++v) acc[r][v] = fma<T>(b, held[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < MR; ++r)
-    for (int v = 0; v < N; ++v)
+      each<N>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = fma<T>(b, held[v], acc[r][v]); });
+    });
+  } while (++k < K);
+  each<MR>([&](auto r) RNNFAST_LAMBDA {
+    each<N>([&](auto v) RNNFAST_LAMBDA {
       around ? store_around(c[r] + j + v * L, acc[r][v]) : store(c[r] + j + v * L, acc[r][v], v == N - 1 ? count : L);
+    });
+  });
 }
 
 // c[r][0 .. width) += Σ_k a[r][k·step]·row[k][0 .. width) over K rows, or = where `fresh`. Stores begin where they are aligned, since
