@@ -52,7 +52,7 @@ struct Job {
   void* h_T;            // (B, S)
   void* c_T;            // (B, H)
   void* tape;           // tape_size elements; null in inference
-  bool recompute;       // the tape holds c alone, and backward computes the rest again
+  bool recompute;       // the tape holds c at most, and backward computes the rest again
   bool kept;            // forward: the packs will be used again
   bool packed;          // forward: packs still holds this job's weights, from a call with as many workers a row group
 

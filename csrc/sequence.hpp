@@ -54,13 +54,15 @@ struct Sequence {
   static constexpr int L = LANES<T>;
   static constexpr int PRE = Cell::PRE, X = Cell::X_SLOTS, EARLY = Cell::H_FIRST, LATE = Cell::LATE;
   static constexpr bool RESETS_FIRST = LATE < PRE;  // n waits for r: a second phase
+  static constexpr int64_t TAPE_BLOCK = 16;         // for every target and dtype, so that each reads what another wrote
+  static_assert(TAPE_BLOCK % L == 0);
   using V = Reg<T>;
   using M = Maths<T>;
 
   const Job& j;
   const Worker& w;
   const Products<T> multiply;
-  const int64_t H, S, Hp;            // Hp: H padded to whole registers
+  const int64_t H, S, Hp;            // Hp: H padded to whole blocks of the tape
   const int64_t units, group, crew;  // workers over units; this one's place among them; this one's row group
   Range blocks;                      // this worker's blocks of H
   Range rows;                        // this worker's rows of the batch, forward
@@ -73,7 +75,7 @@ struct Sequence {
                                                   : Factors::EXACT),
         H(job.H),
         S(job.R * job.taps),
-        Hp(ceil_div(job.H, L) * L),
+        Hp(ceil_div(job.H, TAPE_BLOCK) * TAPE_BLOCK),
         units(worker.count / worker.row_groups),
         group(worker.id % units),
         crew(worker.id / units),
@@ -124,8 +126,9 @@ struct Sequence {
 
   // ---- the tape: what backward needs of each token -------------------------------------------------------------------------------------
 
-  // First [block][KEPT][L] and q and hidden [Hp] of every token, so that backward reads in one stream; then every token's c [Hp], which it
-  // needs a step earlier, unless y shows it. With `recompute` c alone, and backward makes the rest again for the tokens of a chunk.
+  // First [H / TAPE_BLOCK][KEPT][TAPE_BLOCK] and q and hidden [Hp] of every token, so that backward reads in one stream; then every token's
+  // c [Hp], which it needs a step earlier, unless y shows it. With `recompute` at most c, and backward makes the rest again for the tokens
+  // of a chunk. rnnfast.diagnostics reads it, too.
   static constexpr int64_t Q_AT = Cell::KEPT, HIDDEN_AT = Q_AT + RESETS_FIRST;
 
   int64_t pitch() const { return (HIDDEN_AT + j.projected) * Hp; }
@@ -139,7 +142,7 @@ struct Sequence {
   const T* c_after(int64_t t, int64_t r) const { return carries_apart() ? tape_c(t, r) : row_of(j.y, t, r); }
   T* tape_c(int64_t t, int64_t r) const { return out(j.tape) + j.start[j.T] * tape_pitch() + (j.start[t] + r) * Hp; }
   T* history() const { return out(j.tape) + history_at(); }
-  static int64_t kept_at(int64_t block, int k) { return (block * Cell::KEPT + k) * L; }
+  static int64_t kept_at(int64_t block, int k) { return (block * L / TAPE_BLOCK * Cell::KEPT + k) * TAPE_BLOCK + block * L % TAPE_BLOCK; }
   // The operand of step s lies here, newest first; y of step s goes R below.
   T* window(T* past, int64_t r, int64_t s) const { return past + r * history_pitch() + (j.T - s) * j.R; }
 

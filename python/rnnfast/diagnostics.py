@@ -137,11 +137,16 @@ def activities(layer: _Layer, x: ArrayLike, state: Any = None) -> dict[str, Arra
     if layer.num_layers > 1 or layer.bidirectional or layer.proj_size:
         raise ValueError("activities: the layer must be one layer of one direction without projection")
     y, _, tape = functional.forward(layer.cell, np.asarray(x), state, layer.parameters())
-    letters = {"lstm": "ifgoc", "gru": "rzn", "rnn": ""}[layer.cell.split("_")[0]]
-    if not letters:
+    gates = {"lstm": "ifgo", "gru": "rzn", "rnn": ""}[layer.cell.split("_")[0]]
+    if not gates:
         return {"h": y}
-    kept = tape.runs[0].tapes[0].reshape(*y.shape[:2], 5, -1)  # the kernels' tape: gates first, c last, units padded (csrc/sequence.hpp)
-    return {letter: kept[:, :, k, : layer.hidden_size].copy() for k, letter in enumerate(letters)} | {"h": y}
+    # The kernels' tape (csrc/sequence.hpp): of every token [padded / 16][slots][16] (and q); behind them an LSTM's c of every token.
+    (T, B), H, slots = y.shape[:2], layer.hidden_size, 3 if layer.cell == "gru_reset_before" else 4
+    padded = -(-H // 16) * 16
+    tokens, c = np.split(tape.runs[0].tapes[0], [T * B * 4 * padded])
+    kept = tokens.reshape(T, B, 4 * padded)[..., : slots * padded].reshape(T, B, -1, slots, 16).swapaxes(2, 3).reshape(T, B, slots, padded)
+    found = {gate: kept[:, :, k, :H].copy() for k, gate in enumerate(gates)}
+    return found | ({"c": c.reshape(T, B, padded)[..., :H].copy()} if c.size else {}) | {"h": y}
 
 
 def neuron_gradients(model: Module) -> dict[str, Array]:

@@ -150,8 +150,8 @@ def forward(
             by up to 1 % of the largest output and 5 % of the largest gradient (20 % through a ReLU). "int8", without a tape, rounds them to
             127 steps either side of 0, with a scale for each row of the weights, of x and of h, up to 3 % off on the same layers: weights that
             stream from memory take a quarter of the time. None: x's dtype.
-        recompute: keep a tape of a fifth the size (an LSTM's and a GRU's; none for an RNN), from which backward gets the same bits a third
-            slower, by computing the gates again.
+        recompute: keep a tape of a fifth the size (an LSTM's; none for an RNN and a GRU, whose y has it all), from which backward gets the same
+            bits a third slower, by computing the gates again.
         threads: at most so many take part, now; None: as many as `rnnfast.set_num_threads` says. They change no bit.
 
     Returns:
