@@ -114,7 +114,7 @@ class Shape:
     @property
     def short(self) -> bool:
         """Slower than the best peer, where that peer is not itself at the roof."""
-        return self.best is not None and self.best["ratio"] < LEVEL and self.best["share_of_roof"] < NEAR_THE_ROOF
+        return self.best is not None and round(self.best["ratio"], 2) < LEVEL and self.best["share_of_roof"] < NEAR_THE_ROOF
 
     def ratio(self, slower: str, faster: str) -> float:
         """How many times as long one library takes as another; NaN where one is not there."""
@@ -263,7 +263,7 @@ def _grid_section(grid: Sequence[Shape], every: Sequence[Claim], plots: dict[str
     for name, caption in plots.items():
         lines += [f"![{caption}]({name})", "", f"*{caption}*", ""]
     short = sorted((s for s in compared if s.short), key=lambda s: s.best["ratio"] if s.best else 0)
-    excused = sum(s.best["ratio"] < LEVEL and not s.short for s in compared if s.best)
+    excused = sum(round(s.best["ratio"], 2) < LEVEL and not s.short for s in compared if s.best)
     lines += [f"### Shapes where a peer is faster: {len(short)} of {len(compared)}", ""]
     lines += [f"With a ratio below {LEVEL}; {excused} more whose peer is itself at {NEAR_THE_ROOF:.0%} of the roof or above are not counted.", ""]
     return lines + (table(["shape", *COLUMNS], map(_row, short)) if short else [])
