@@ -30,6 +30,7 @@ RNNFAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class T>
 struct Exact {
   typedef T type;
+  typedef Reg<T> Sum;
   static constexpr int DEPTH = 1, HEADER = 0;
   static RNNFAST_INLINE Reg<T> broadcast(const T* a) { return all(*a); }
   static RNNFAST_INLINE Reg<T> add_product(Reg<T> a, Reg<T> b, Reg<T> sum) { return fma<T>(a, b, sum); }
@@ -41,6 +42,7 @@ struct Exact {
 // Two bfloat16, the even k in the lower half; their products are exact in float32 and added to a float32 sum.
 struct Halves {
   typedef float type;
+  typedef Reg<float> Sum;
   static constexpr int DEPTH = 2, HEADER = 0;
   static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
   static RNNFAST_INLINE Reg<float> add_product(Reg<float> a, Reg<float> b, Reg<float> sum) { return add_pair_products(a, b, sum); }
@@ -59,13 +61,12 @@ struct Halves {
 // form.
 struct Bytes {
   typedef float type;
+  typedef Words Sum;
   static constexpr int DEPTH = 4, HEADER = 2;
   static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
-  static RNNFAST_INLINE Reg<float> add_product(Reg<float> a, Reg<float> b, Reg<float> sum) {
-    return from_bits(add_byte_products(bits_of(a), bits_of(b), bits_of(sum)));
-  }
-  static RNNFAST_INLINE Reg<float> value(Reg<float> sum, const float* a, Reg<float> scale, Reg<float> column_sum) {
-    return to_float(bits_of(sum) - (bits_of(column_sum) << 7)) * (all(*a) * scale);
+  static RNNFAST_INLINE Words add_product(Reg<float> a, Reg<float> b, Words sum) { return add_byte_products(bits_of(a), bits_of(b), sum); }
+  static RNNFAST_INLINE Reg<float> value(Words sum, const float* a, Reg<float> scale, Reg<float> column_sum) {
+    return to_float(sum - (bits_of(column_sum) << 7)) * (all(*a) * scale);
   }
   // The scale of n numbers, NaN where one of them is not finite.
   static float scale(const float* from, int64_t n) {
@@ -100,7 +101,7 @@ template <class E, class T, int MR, int NV>
 void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail) {
   constexpr int L = LANES<T>;
   const T* row[MR];
-  Reg<T> acc[MR][NV];
+  typename E::Sum acc[MR][NV];
   const auto start = [&](auto r, auto v) RNNFAST_LAMBDA {
     if (first) return load(first + v * L);
     return v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
@@ -109,7 +110,12 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   w += E::HEADER * NV * L;
   each<MR>([&](auto r) RNNFAST_LAMBDA {
     row[r] = a[r];
-    each<NV>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = E::HEADER ? all(T(0)) : start(r, v); });
+    each<NV>([&](auto v) RNNFAST_LAMBDA {
+      if constexpr (E::HEADER > 0)
+        acc[r][v] = typename E::Sum{};
+      else
+        acc[r][v] = start(r, v);
+    });
   });
   int64_t k = E::HEADER, at = k * step;
   do {
@@ -133,11 +139,15 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
   each<MR>([&](auto r) RNNFAST_LAMBDA {
     T* const to = c[r] + c_at;
     each<NV>([&](auto v) RNNFAST_LAMBDA {
-      if constexpr (E::HEADER > 0) acc[r][v] = start(r, v) + E::value(acc[r][v], row[r], load(header + v * L), load(header + (NV + v) * L));
-      if (v == NV - 1)
-        store(to + v * L, acc[r][v], tail);
+      Reg<T> sum;
+      if constexpr (E::HEADER > 0)
+        sum = start(r, v) + E::value(acc[r][v], row[r], load(header + v * L), load(header + (NV + v) * L));
       else
-        store(to + v * L, acc[r][v]);
+        sum = acc[r][v];
+      if (v == NV - 1)
+        store(to + v * L, sum, tail);
+      else
+        store(to + v * L, sum);
     });
   });
 }
@@ -150,16 +160,17 @@ __attribute__((noinline)) double multiply_in_registers(int64_t rounds) {
   constexpr int CHAINS = 10;
   T operand[LANES<T>];
   for (int i = 0; i < LANES<T>; ++i) operand[i] = T(1) / T(i + 2);
-  Reg<T> a = load(operand), sum[CHAINS];
-#pragma GCC unroll 10
-  for (int i = 0; i < CHAINS; ++i) sum[i] = all(T(i));
+  Reg<T> a = load(operand), start[CHAINS];
+  typename E::Sum sum[CHAINS];
+  for (int i = 0; i < CHAINS; ++i) start[i] = all(T(i));  // else equal chains become one
+  memcpy(sum, start, sizeof sum);
   const Reg<T> b = a;
   for (int64_t k = 0; k < rounds; ++k, a = -a)
 #pragma GCC unroll 10
     for (int i = 0; i < CHAINS; ++i) sum[i] = E::add_product(a, b, sum[i]);
 #pragma GCC unroll 10
   for (int i = 1; i < CHAINS; ++i) sum[0] = sum[0] + sum[i];
-  store(operand, sum[0]);
+  memcpy(operand, &sum[0], sizeof sum[0]);
   __asm__ volatile("" : : "r"(operand) : "memory");
   return 2.0 * E::DEPTH * LANES<T> * CHAINS * static_cast<double>(rounds);
 }
