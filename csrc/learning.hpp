@@ -54,10 +54,7 @@ void softmax_rows(const Softmax& s, int64_t begin, int64_t end) {
     for (int i = 1; i < L; ++i) largest = lane[i] > largest ? lane[i] : largest;
     s.picked[n] = a[s.targets[n]] - largest;
     each([&](int64_t v, int count, Reg<T> x) {
-      Reg<T> scale, part;
-      x = x - all(largest);
-      exp_parts<T>(x, scale, part);
-      const Reg<T> e = x < all<T>(Exponential<T>::low) ? all(T(0)) : fma<T>(scale, part, scale);
+      const Reg<T> e = Maths<T>::exp_of_negative(x - all(largest));
       sum = sum + e;
       if (da) store(da + v, e, count);
       if (v / L % 64 != 63 && v + L < s.V) return;

@@ -156,6 +156,40 @@ RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
 #endif
 }
 
+// The lesser and the greater of a bound and x; NaN where x is, which these instructions take from their second operand.
+template <class T>
+RNNFAST_INLINE Reg<T> at_most(T bound, Reg<T> x) {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm512_maskz_min_ps(0xffff, (__m512)all(bound), (__m512)x);
+  else
+    return (Reg<T>)_mm512_maskz_min_pd(0xff, (__m512d)all(bound), (__m512d)x);
+#elif !defined(RNNFAST_SCALAR) && defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm256_min_ps((__m256)all(bound), (__m256)x);
+  else
+    return (Reg<T>)_mm256_min_pd((__m256d)all(bound), (__m256d)x);
+#else
+  return x > all(bound) ? all(bound) : x;
+#endif
+}
+template <class T>
+RNNFAST_INLINE Reg<T> at_least(T bound, Reg<T> x) {
+#if !defined(RNNFAST_SCALAR) && defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm512_maskz_max_ps(0xffff, (__m512)all(bound), (__m512)x);
+  else
+    return (Reg<T>)_mm512_maskz_max_pd(0xff, (__m512d)all(bound), (__m512d)x);
+#elif !defined(RNNFAST_SCALAR) && defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm256_max_ps((__m256)all(bound), (__m256)x);
+  else
+    return (Reg<T>)_mm256_max_pd((__m256d)all(bound), (__m256d)x);
+#else
+  return x < all(bound) ? all(bound) : x;
+#endif
+}
+
 // A whole, aligned register that goes to memory around the caches: what it overwrites is not read first, and what they hold stays. Before
 // another thread may read it there must be a fence.
 template <class T>
@@ -356,67 +390,94 @@ template <class T>
 struct Exponential;
 template <>
 struct Exponential<float> {
-  static constexpr float low = -87.3365f, top = 88.3762f, high = 89.0f;  // 2^n is a normal number up to top, then infinite
+  static constexpr float low = -88.0f, high = 88.0f;  // where n is −127, for which 2^n counts as 0, and where it is 127
   static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr float round = 0x1.8p+23f;
+  static constexpr float round = 0x1.8p+23f + Bits<float>::bias;
   static constexpr float p[] = {0x1.6d9908p-10f, 0x1.1227fep-7f, 0x1.555486p-5f, 0x1.5554b0p-3f, 0x1.000000p-1f};
 };
 template <>
 struct Exponential<double> {
-  static constexpr double low = -708.3, top = 709.436, high = 710.1;
+  static constexpr double low = -709.0, high = 709.0;
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
-  static constexpr double round = 0x1.8p+52;
+  static constexpr double round = 0x1.8p+52 + Bits<double>::bias;
   static constexpr double p[] = {0x1.af73f44c09ceep-26, 0x1.28a2b3fc8b79ap-22, 0x1.71ddebba011d6p-19, 0x1.a019a67ba137ep-16,
                                  0x1.a01a01b516a20p-13, 0x1.6c16c17f3bb8dp-10, 0x1.111111110e908p-7,  0x1.55555555520ddp-5,
                                  0x1.555555555555cp-3,  0x1.0000000000005p-1};
 };
 
-// scale = 2^n and part = e^r − 1, so that e^x = scale·part + scale. x below `low` counts as low and x above `top` as high, where r is
-// positive, since ∞·part + ∞ would not be a number for a negative one; NaN stays in part.
-template <class T>
-RNNFAST_INLINE void exp_parts(Reg<T> x, Reg<T>& scale, Reg<T>& part) {
-  using E = Exponential<T>;
-  using B = Bits<T>;
-  using Int = typename Vector<typename B::type, LANES<T>>::type;
-  x = x > all<T>(E::top) ? all<T>(E::high) : x;
-  x = x < all<T>(E::low) ? all<T>(E::low) : x;
-  const Reg<T> shifted = fma<T>(x, all<T>(E::log2e), all<T>(E::round));  // n in the low bits
-  const Reg<T> n = shifted - all<T>(E::round);
-  Reg<T> r = fma<T>(n, all<T>(-E::ln2_high), x);
-  r = fma<T>(n, all<T>(-E::ln2_low), r);
-  Reg<T> q = all<T>(E::p[0]);
-  for (unsigned k = 1; k < sizeof E::p / sizeof E::p[0]; ++k) q = fma<T>(q, r, all<T>(E::p[k]));
-  part = fma<T>(r * r, q, r);
-  Int bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + B::bias) << B::mantissa;  // the bits of `round` itself are shifted out
-  memcpy(&scale, &bits, sizeof scale);
-}
-
 // The mathematics of the cells (see cells.hpp's M).
 template <class T>
 struct Maths {
   using V = Reg<T>;
-  static RNNFAST_INLINE V sigmoid(V x) {  // 1 / (1 + e^{−x})
-    V scale, part;
-    exp_parts<T>(-x, scale, part);
-    return all<T>(1) / (all<T>(1) + fma<T>(scale, part, scale));
+  using E = Exponential<T>;
+  using Int = typename Vector<typename Bits<T>::type, LANES<T>>::type;
+
+  static RNNFAST_INLINE V sigmoid(V x) {  // 2^n / (2^n + e^{−r}) for x = n ln 2 + r
+    V power;
+    x = at_least<T>(E::low, at_most<T>(E::high, x));
+    const V n = round_to_power(x, E::log2e, power), minus_r = fma<T>(n, all<T>(E::ln2_low), fma<T>(n, all<T>(E::ln2_high), -x));
+    return power / ((power + all<T>(1)) + exp_less_1<1>(minus_r));
   }
-  static RNNFAST_INLINE V tanh(V x) {  // ±u / (u + 2) with u = e^{2|x|} − 1, which keeps every digit near 0
-    V scale, part, a = x < all<T>(0) ? -x : x;
-    a = a > all<T>(30) ? all<T>(30) : a;  // where tanh is 1, and u still finite
-    exp_parts<T>(a + a, scale, part);
-    const V u = fma<T>(scale, part, scale - all<T>(1));
-    const V d = u + all<T>(2);
+  static RNNFAST_INLINE V tanh(V x) {  // ±u / (u + 1) with u = (e^{2|x|} − 1) / 2, which keeps every digit near 0
+    V power;
+    const V a = at_most<T>(30, size(x));  // where tanh is 1, and u still finite
+    const V n = round_to_power(a, 2 * E::log2e, power), r = fma<T>(n, all<T>(-(E::ln2_high + E::ln2_low) / 2), a);  // for so small n
+    const V u = fma<T>(power, exp_less_1<2>(r), fma<T>(power, all<T>(T(0.5)), all<T>(T(-0.5))));
+    const V d = u + all<T>(1);
     V t = u / d;
     if constexpr (sizeof(T) == 8) {  // takes back d's rounding and the quotient's
-      const V lost = u - (d - all<T>(2));
+      const V lost = u - (d - all<T>(1));
       t = t + (fma<T>(-t, d, u) - t * lost) / d;
     }
-    return x < all<T>(0) ? -t : t;
+    return with_sign_of(x, t);
+  }
+  static RNNFAST_INLINE V exp_of_negative(V x) {  // e^x for x <= 0
+    V power;
+    x = at_least<T>(E::low, x);
+    const V n = round_to_power(x, E::log2e, power), r = fma<T>(n, all<T>(-E::ln2_low), fma<T>(n, all<T>(-E::ln2_high), x));
+    return fma<T>(power, exp_less_1<1>(r), power);
   }
   static RNNFAST_INLINE V relu(V x) { return x < all<T>(0) ? all<T>(0) : x; }                  // NaN stays NaN
   static RNNFAST_INLINE V where_positive(V x, V v) { return x <= all<T>(0) ? all<T>(0) : v; }  // where x is NaN, too
+
+ private:
+  // n = round(x·per), and 2^n by its bits: n + bias is in the low ones of the sum, and those of `round` itself are shifted out.
+  static RNNFAST_INLINE V round_to_power(V x, T per, V& power) {
+    const V shifted = fma<T>(x, all<T>(per), all<T>(E::round));
+    Int bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = bits << Bits<T>::mantissa;
+    memcpy(&power, &bits, sizeof power);
+    return shifted - all<T>(E::round);
+  }
+  // (e^{M r} − 1) / M for |M r| <= ln 2 / 2: the polynomial with its coefficients times powers of M.
+  template <int M>
+  static RNNFAST_INLINE V exp_less_1(V r) {
+    constexpr int N = sizeof E::p / sizeof E::p[0];
+    V q = all<T>(0);
+    each<N>([&](auto k) RNNFAST_LAMBDA {
+      T factor = 1;
+      for (int i = k; i < N; ++i) factor *= M;
+      q = k == 0 ? all<T>(E::p[k] * factor) : fma<T>(q, r, all<T>(E::p[k] * factor));
+    });
+    return fma<T>(r * r, q, r);
+  }
+  static constexpr typename Bits<T>::type SIGN = typename Bits<T>::type{1} << (8 * sizeof(T) - 1);
+  static RNNFAST_INLINE V size(V x) {
+    Int bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = bits & ~SIGN;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  static RNNFAST_INLINE V with_sign_of(V x, V positive) {
+    Int bits, sign;
+    memcpy(&bits, &positive, sizeof bits);
+    memcpy(&sign, &x, sizeof sign);
+    bits = bits | (sign & SIGN);
+    memcpy(&positive, &bits, sizeof positive);
+    return positive;
+  }
 };
 
 // Flushes denormals to 0 for as long as it lives, and then puts the thread's floating-point state back as it was: recurrent nets that decay
