@@ -6,6 +6,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -81,8 +84,11 @@ void divide(int64_t n, int64_t grain, F f, int most = ALL) {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes) : size_(bytes), data_(std::aligned_alloc(64, (bytes + 63) / 64 * 64)) {
+  explicit Buffer(size_t bytes) : size_(bytes), data_(std::aligned_alloc(alignment(bytes), round_up(bytes, 64))) {
     if (!data_) throw std::bad_alloc();
+#ifdef __linux__
+    if (bytes >= HUGE_PAGE) madvise(data_, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // may fail: then they are small
+#endif
   }
   Buffer(Buffer&& o) noexcept : size_(std::exchange(o.size_, 0)), data_(std::exchange(o.data_, nullptr)) {}
   Buffer& operator=(Buffer&& o) noexcept {
@@ -95,6 +101,11 @@ class Buffer {
   size_t size() const { return size_; }
 
  private:
+  // Large buffers lie in huge pages where the system gives them to who asks: weights that stream through have more pages than a core
+  // remembers the places of.
+  static constexpr size_t HUGE_PAGE = size_t{2} << 20;
+  static size_t alignment(size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE : 64; }
+  static size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
   size_t size_ = 0;
   void* data_ = nullptr;
 };
