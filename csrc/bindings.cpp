@@ -84,7 +84,7 @@ void divide(int64_t n, int64_t grain, F f, int most = ALL) {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes) : size_(bytes), data_(std::aligned_alloc(alignment(bytes), round_up(bytes, 64))) {
+  explicit Buffer(size_t bytes) : size_(bytes), data_(std::aligned_alloc(alignment(bytes), round_up(bytes, alignment(bytes)))) {
     if (!data_) throw std::bad_alloc();
 #ifdef __linux__
     if (bytes >= HUGE_PAGE) madvise(data_, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // may fail: then they are small
@@ -104,7 +104,7 @@ class Buffer {
   // Large buffers lie in huge pages where the system gives them to who asks: weights that stream through have more pages than a core
   // remembers the places of.
   static constexpr size_t HUGE_PAGE = size_t{2} << 20;
-  static size_t alignment(size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE : 64; }
+  static size_t alignment(size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE : 64; }  // what size must be a multiple of, too
   static size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
   size_t size_ = 0;
   void* data_ = nullptr;

@@ -6,7 +6,7 @@
 // Largest errors, in units in the last place of the exact result, over all finite inputs whose result is a normal number (tests/cpp
 // measures them):
 //               float32   float64
-//   sigmoid        2.6       2.6
+//   sigmoid        2.5       2.4
 //   tanh           2.6       2.2
 #pragma once
 
@@ -390,7 +390,7 @@ template <class T>
 struct Exponential;
 template <>
 struct Exponential<float> {
-  static constexpr float low = -88.0f, high = 88.0f;  // where n is −127, for which 2^n counts as 0, and where it is 127
+  static constexpr float low = -88.0f, high = 88.0f;  // where n is −bias, for which 2^n counts as 0, and where it is bias
   static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e400p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float round = 0x1.8p+23f + Bits<float>::bias;
   static constexpr float p[] = {0x1.6d9908p-10f, 0x1.1227fep-7f, 0x1.555486p-5f, 0x1.5554b0p-3f, 0x1.000000p-1f};
@@ -421,7 +421,8 @@ struct Maths {
   static RNNFAST_INLINE V tanh(V x) {  // ±u / (u + 1) with u = (e^{2|x|} − 1) / 2, which keeps every digit near 0
     V power;
     const V a = at_most<T>(30, size(x));  // where tanh is 1, and u still finite
-    const V n = round_to_power(a, 2 * E::log2e, power), r = fma<T>(n, all<T>(-(E::ln2_high + E::ln2_low) / 2), a);  // for so small n
+    const V n = round_to_power(a, 2 * E::log2e, power);
+    const V r = fma<T>(n, all<T>(-(E::ln2_high + E::ln2_low) / 2), a);  // in one step: where n is large, u's digits hardly count
     const V u = fma<T>(power, exp_less_1<2>(r), fma<T>(power, all<T>(T(0.5)), all<T>(T(-0.5))));
     const V d = u + all<T>(1);
     V t = u / d;

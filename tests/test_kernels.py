@@ -77,13 +77,13 @@ def test_activations_are_as_accurate_as_numpy_everywhere(cell: str, dtype: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_sigmoid"])
 def test_activations_rise_to_their_bounds(cell: str, dtype: str, target: str) -> None:
-    """Also where e^x is on its way from the largest number to infinity."""
+    """Also where e^x leaves the numbers' range on either side."""
     info = np.finfo(dtype)
     edges = [np.log(float(info.max)), -np.log(float(info.tiny)), -np.log(float(info.smallest_subnormal))]
     x = np.concatenate([sign * np.linspace(edge - 3, edge + 3, 20001) for edge in edges for sign in (-1, 1)]).astype(dtype)
     one = {"weight_ih_l0": np.ones((1, 1), dtype), "weight_hh_l0": np.zeros((1, 1), dtype)}
     y = functional.forward(cell, np.sort(x)[None, :, None], None, one)[0].ravel()
-    assert y[0] == (-1 if cell == "rnn_tanh" else 0) or y[0] < info.tiny
+    assert y[0] == (-1 if cell == "rnn_tanh" else 0)
     assert y[-1] == 1
     assert (np.diff(y) >= -4 * np.spacing(np.abs(y[1:]))).all()
 
