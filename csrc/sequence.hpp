@@ -124,6 +124,13 @@ struct Sequence {
   static T* out(void* p) { return static_cast<T*>(p); }
   bool resets_at(int64_t t, int64_t r) const { return j.reset && j.reset[t * j.B + j.index[r]] >= 0; }
 
+  // Rows of a ragged batch lie scattered, which no prefetcher foresees: they are fetched into the second-level cache while products run.
+  bool scattered() const { return j.active[j.T - 1] < j.B; }
+  template <bool WRITE = false>
+  static void fetch(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, WRITE, 2);
+  }
+
   // ---- the tape: what backward needs of each token -------------------------------------------------------------------------------------
 
   // First [H / TAPE_BLOCK][KEPT][TAPE_BLOCK] and q and hidden [Hp] of every token, so that backward reads in one stream; then every token's
@@ -365,6 +372,8 @@ struct Sequence {
       T* a = f.a;
       for (int64_t s = s0; s < s1; ++s) {
         const Range run = running(rows, time(s));
+        if (scattered() && s + chunk < j.T)
+          for (Range r = running(rows, time(s + chunk)); r.begin < r.end; ++r.begin) fetch(row_of(j.x, time(s + chunk), r.begin), j.I);
         forward_step(f, s, run, a);
         a += run.size() * row_size;
       }
@@ -412,6 +421,7 @@ struct Sequence {
       if (resets_at(t, r)) f.h_prev[r] = in(j.fresh_h), f.c_prev[r] = in(j.fresh_c);
       f.to[i] = a + i * row_size;
     }
+    for (int64_t i = 0; i < n && scattered(); ++i) fetch<true>(out_row(j.y, t, run.begin + i), j.R);
     affine(f, f.h_early, n, f.h_prev + run.begin, nullptr, f.to, s % 2);
     if constexpr (RESETS_FIRST) {
       for (int64_t i = 0; i < n; ++i) {
@@ -736,6 +746,14 @@ struct Sequence {
     for (int64_t i = 0; i < n; ++i) {
       f.from[i] = da + i * da_pitch() + EARLY * H;
       f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
+    }
+    if (s > 0 && scattered()) {
+      const int64_t next = time(s - 1);
+      for (Range r = running(f.rows, next); r.begin < r.end; ++r.begin) {
+        fetch(row_of(j.dy, next, r.begin), j.R);
+        if (Cell::CARRIES && !carries_apart()) fetch(c_before(s - 1, r.begin), H);
+        fetch(row_of(j.x, next, r.begin), j.I);
+      }
     }
     send_back(f, f.w_early, n, j.taps > 1 ? nullptr : f.zeros, h_first, false, s % 2);
     if (j.reset) {
