@@ -365,8 +365,8 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, in
   return {1, 1};
 }
 
-// Zeros around the caches: what is overwritten is not read first, and what they hold stays. In 16 bytes, aligned as they are: an ordinary
-// store between, even of nothing, would send half lines on their way. Before another thread may read them there must be a fence.
+// Zeros around the caches: what is overwritten is not read first, and what they hold stays. In 16 bytes, aligned as they are, and with no
+// ordinary store between, even of nothing, which made it ten times as slow. Before another thread may read them there must be a fence.
 void zeros_around(char* to, size_t bytes) {
 #ifdef __SSE2__
   for (size_t i = 0; i < bytes; i += 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_setzero_si128());
@@ -616,14 +616,14 @@ class Run {
     if (!l.ragged || l.packed) return a;
     char* const first = static_cast<char*>(a.mutable_data());
     const size_t row = static_cast<size_t>(n) * item();
-    // More than the second-level cache holds, and whole as zeros_around wants them.
-    const bool around = a.nbytes() > 2 << 20 && (reinterpret_cast<uintptr_t>(first) | row) % 16 == 0;
+    // For arrays that a core's own caches do not hold, in rows of several whole lines, as zeros_around wants them.
+    const bool around = a.nbytes() > 2 << 20 && row >= 256 && (reinterpret_cast<uintptr_t>(first) | row) % 16 == 0;
     std::vector<int64_t> place(static_cast<size_t>(l.B));
     for (int64_t r = 0; r < l.B; ++r) place[static_cast<size_t>(l.index[static_cast<size_t>(r)])] = r;
     const auto clear = [&](int64_t begin, int64_t end) {  // steps' places past the ends, in the order of memory
       for (int64_t t = 0; t < l.T; ++t) {
         const int64_t before = t * l.B - l.start[static_cast<size_t>(t)];
-        if (before < begin || before >= end) continue;
+        if (before < begin || before >= end || l.active[static_cast<size_t>(t)] == l.B) continue;
         for (int64_t b = 0; b < l.B; ++b) {
           if (place[static_cast<size_t>(b)] < l.active[static_cast<size_t>(t)]) continue;
           char* const to = first + static_cast<size_t>(t * l.B + b) * row;

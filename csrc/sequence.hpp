@@ -125,10 +125,14 @@ struct Sequence {
   bool resets_at(int64_t t, int64_t r) const { return j.reset && j.reset[t * j.B + j.index[r]] >= 0; }
 
   // Rows of a ragged batch lie scattered, which no prefetcher foresees: they are fetched into the second-level cache while products run.
-  bool scattered() const { return j.active[j.T - 1] < j.B; }
-  template <bool WRITE = false>
+  bool is_ragged() const { return j.active[j.T - 1] < j.B; }
   static void fetch(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, WRITE, 2);
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+  }
+  // The rows of x that running(r, t) will read in a chunk of so many tokens, unless these are more than that cache would keep till then.
+  void fetch_x(Range r, int64_t t, int64_t tokens) const {
+    if (tokens * j.I * static_cast<int64_t>(sizeof(T)) > int64_t{1} << 18) return;
+    for (Range run = running(r, t); run.begin < run.end; ++run.begin) fetch(row_of(j.x, t, run.begin), j.I);
   }
 
   // ---- the tape: what backward needs of each token -------------------------------------------------------------------------------------
@@ -372,8 +376,7 @@ struct Sequence {
       T* a = f.a;
       for (int64_t s = s0; s < s1; ++s) {
         const Range run = running(rows, time(s));
-        if (scattered() && s + chunk < j.T)
-          for (Range r = running(rows, time(s + chunk)); r.begin < r.end; ++r.begin) fetch(row_of(j.x, time(s + chunk), r.begin), j.I);
+        if (is_ragged() && s + chunk < j.T) fetch_x(rows, time(s + chunk), chunk * j.B);
         forward_step(f, s, run, a);
         a += run.size() * row_size;
       }
@@ -421,7 +424,8 @@ struct Sequence {
       if (resets_at(t, r)) f.h_prev[r] = in(j.fresh_h), f.c_prev[r] = in(j.fresh_c);
       f.to[i] = a + i * row_size;
     }
-    for (int64_t i = 0; i < n && scattered(); ++i) fetch<true>(out_row(j.y, t, run.begin + i), j.R);
+    for (int64_t i = 0; i < n && is_ragged() && !j.projected; ++i)
+      fetch(out_row(j.y, t, run.begin + i) + blocks.begin * L, units_of(blocks));
     affine(f, f.h_early, n, f.h_prev + run.begin, nullptr, f.to, s % 2);
     if constexpr (RESETS_FIRST) {
       for (int64_t i = 0; i < n; ++i) {
@@ -747,13 +751,13 @@ struct Sequence {
       f.from[i] = da + i * da_pitch() + EARLY * H;
       f.to[i] = j.taps > 1 ? window(f.dh, run.begin + i, s) : f.dh + (run.begin + i) * dh_pitch();
     }
-    if (s > 0 && scattered()) {
+    if (s > 0 && is_ragged()) {
       const int64_t next = time(s - 1);
       for (Range r = running(f.rows, next); r.begin < r.end; ++r.begin) {
-        fetch(row_of(j.dy, next, r.begin), j.R);
-        if (Cell::CARRIES && !carries_apart()) fetch(c_before(s - 1, r.begin), H);
-        fetch(row_of(j.x, next, r.begin), j.I);
+        fetch(row_of(j.dy, next, r.begin) + (j.projected ? 0 : first), j.projected ? j.R : own);
+        fetch(h_before(s - 1, r.begin), j.R);  // for the weights' gradients, too
       }
+      fetch_x(f.rows, next, backward_tokens());
     }
     send_back(f, f.w_early, n, j.taps > 1 ? nullptr : f.zeros, h_first, false, s % 2);
     if (j.reset) {
