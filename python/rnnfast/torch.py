@@ -231,7 +231,8 @@ def _stack(
     """(y, h_T[, c_T]), for one step (h[, c]), or None where torch itself must compute or complain. low: products in bfloat16."""
     D, weights = 2 if bidirectional else 1, tuple(weights)  # a module's list may change while the kernels let other threads run
     grad, threads = _grads(), _threads()
-    out = _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
+    is_half = isinstance(x, Tensor) and x.dtype in _HALVES  # which the kernels do not take
+    out = None if is_half else _core.stack_forward(cell, layers, D, batch_first, low, threads, grad, x, batch_sizes, h, c, weights)
     if out is None:
         if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.layout is not torch.strided:
             return None
@@ -239,6 +240,8 @@ def _stack(
         if half is not None and not _is_torchs(cell, x, batch_sizes, weights, batch_first, half):
             again = partial(_stack, layers=layers, bidirectional=bidirectional, batch_first=batch_first)
             return _in_float32(lambda x, h, c, w, low: again(cell, x, batch_sizes, h, c, w, low=low), x, h, c, weights, half, half)
+        if is_half:
+            return None
         tidy = _tidy(x, rows=True), _tidy(h), _tidy(c), [_tidy(w) for w in weights]
         if tidy[0] is x and tidy[1] is h and tidy[2] is c and all(a is b for a, b in zip(tidy[3], weights)):
             return None
@@ -275,6 +278,8 @@ def _layers(
                 x, h, c, weights, half, h.dtype if cell == _GRU else half,
             )  # fmt: skip
     if batch_sizes is None and weights and _is_torchs_step(cell, x, weights[0]):
+        return None
+    if isinstance(x, Tensor) and x.dtype in _HALVES and _is_torchs(cell, x, batch_sizes, weights, batch_first, x.dtype):
         return None
     if dropout == 0 or not train or layers == 1:
         return _stack(cell, x, batch_sizes, h, c, weights, layers, bidirectional, batch_first, low)
