@@ -45,6 +45,11 @@ AGAINST_TORCH = {  # (workload, cell, B, H): torch's time / ours
 }
 STREAM_US = {("lstm", 16): 1.3, ("lstm", 64): 2.5}  # a step, called from Python
 RAGGED_COST = 1.10  # over the useful steps' share of the padded twin's
+ROOF = {  # share of the roof by least H: inference with B >= 8 on one thread, training with B >= 32; two points less in inference on more threads
+    "inference": {128: 0.85, 256: 0.90},
+    "training": {128: 0.78, 256: 0.85},
+}
+ROOF_OF_A_ROW = 0.80  # inference, B=1, T=100, H from 256 to 1024, all threads
 COLUMNS = ("ours ms", "best peer", "peer ms", "ratio", "quartiles", "our share of the roof")
 LEVEL = 0.97  # a ratio that counts as level
 BFLOAT16, INT8 = 1.7, 1.6  # float32 / bfloat16; bfloat16 / int8 at B=1 and H >= 512
@@ -157,10 +162,22 @@ def claims(shapes: Sequence[Shape]) -> Iterator[Claim]:
         assert s.best is not None
         fair = 1.0 if not s.short else s.best["ratio"]
         yield Claim("no shape of the grid slower than the best peer", label(s.ours), fair, LEVEL)
+    for s in grid_of(shapes):
+        yield from _of_roof(s.ours)
     for s in shapes:
         yield from _of_workload(s, shapes)
         if s.ours["name"] == PRECISION:
             yield from precision_claims(s).values()
+
+
+def _of_roof(r: Record) -> Iterator[Claim]:
+    """What a shape of the grid must reach of the roof; single steps, which use each weight once, and narrow layers need not."""
+    mode, share = r["mode"], r["share_of_roof"]
+    if r["T"] > 1 and r["B"] >= {"inference": 8, "training": 32}[mode] and (r["H"] == 128 or r["H"] >= 256):
+        target = ROOF[mode][128 if r["H"] == 128 else 256] - (0.02 if mode == "inference" and r["threads"] != 1 else 0)
+        yield Claim(f"share of the roof, {mode}, B >= {8 if mode == 'inference' else 32}", label(r), share, round(target, 2))
+    if mode == "inference" and r["B"] == 1 and r["T"] == 100 and 256 <= r["H"] <= 1024 and r["threads"] != 1:
+        yield Claim("share of the roof, one row, T=100", label(r), share, ROOF_OF_A_ROW)
 
 
 def _of_workload(s: Shape, shapes: Sequence[Shape]) -> Iterator[Claim]:
