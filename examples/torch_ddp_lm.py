@@ -17,6 +17,7 @@ from pathlib import Path
 import rnnfast.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp  # DDP would import it later, when it keeps the group's threads alive: they may abort Python's end
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,6 +48,13 @@ def main() -> None:
         parser.error(f"--batch {args.batch} must be a multiple of the {world} processes")
     if world > 1:
         dist.init_process_group("gloo")
+    train(args, world, rank)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, world: int, rank: int) -> None:
+    """All that holds the group is gone at the end of this, so that destroying it ends its threads."""
     torch.manual_seed(0)
     text = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8).long()
     model = Model(args.hidden, args.layers)
@@ -74,8 +82,6 @@ def main() -> None:
                 part = args.out.with_suffix(".part")
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, part)
                 part.replace(args.out)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
