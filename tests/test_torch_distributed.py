@@ -76,13 +76,6 @@ TINY = {
 }  # fmt: skip  # a process draws an odd count of random numbers, of which two come from one
 
 
-GLOO_ENDED = """
-from pathlib import Path
-threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-assert "pt_gloo_runloop" not in threads, threads  # one that lives when Python ends may take the process with it
-"""  # where there is no /proc, nothing is seen
-
-
 def worker(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank, timeout=timedelta(seconds=60))
@@ -200,7 +193,13 @@ def test_the_example_goes_on_under_torchrun_where_one_process_ended(tmp_path: Pa
         runpy.run_path(str(script), run_name="__main__")
         saved.append(torch.load(tmp_path / name))
     run = tmp_path / "run.py"
-    run.write_text(f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')\n{GLOO_ENDED}")
+    run.write_text(f"""import gc, runpy
+from pathlib import Path
+gc.disable()  # chance ends no thread
+runpy.run_path({str(script)!r}, run_name="__main__")
+threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+assert "pt_gloo_runloop" not in threads, threads  # one that lives when Python ends may take the process with it
+""")  # where there is no /proc, nothing is seen
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(run), *words]
     done = subprocess.run([*command, "--out", str(tmp_path / "many"), "--steps", "4"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
