@@ -333,21 +333,24 @@ struct Plan {
   int workers, row_groups;
 };
 
+double flops(CellKind kind, const Job& j) {
+  return static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
+}
+// From how many flops on threads gain by sharing a job. kept: forward's packed weights outlive the call.
+double least_flops(const Job& j, bool kept) { return kept ? 1.2e5 : j.T == 1 ? 2e5 : 3.5e5; }
+
 // Is a job of so many flops better not shared? What takes as long as waking a thread, only with those that are awake.
-bool stays_alone(double flops, int threads) {
-  return threads == 1 || flops < 2e5 || (flops < 8e6 && team_sleeps()) || (flops < 2e8 && cores_are_taken());
+bool stays_alone(double flops, double least, int threads) {
+  return threads == 1 || flops < least || (flops < 8e6 && team_sleeps()) || (flops < 2e8 && cores_are_taken());
 }
 
-// kept: forward's packed weights outlive the call.
-Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, int most) {
-  const int threads = threads_of(most);
+// How threads share a job that does not stay alone; busy: cores_are_busy().
+Plan shared(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, int threads, bool busy) {
   const double step =
       2.0 * gates(kind) * static_cast<double>(j.H * j.R * j.taps) * static_cast<double>(j.B);  // flops of one recurrent product
-  const double all =
-      static_cast<double>(j.start[j.T]) * 2.0 * gates(kind) * static_cast<double>(j.H) * static_cast<double>(j.I + j.R * j.taps);
+  const double all = flops(kind, j);
   const int64_t blocks = (j.H + kernels().lanes(dtype) - 1) / kernels().lanes(dtype);
-  if (stays_alone(all, threads)) return {1, 1};
-  const bool by_units = blocks >= threads && (step >= 2e6 || !cores_are_busy());
+  const bool by_units = blocks >= threads && (step >= 2e6 || !busy);
   // In one step each weight is used once. By rows, forward would pack them first, unless they are kept, and every thread read them all; by
   // units, every thread reads all rows.
   if (j.T == 1 && by_units) {
@@ -355,6 +358,8 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, in
     if (kept ? j.B < 2 * threads || (weights >= 1e7 && j.B < 32 * threads) : weights >= 4e6 || j.B <= (backward ? 16 : 64) * threads)
       return {threads, 1};
   }
+  // So it is for a few steps, where packing still counts for more than that threads wait for each other.
+  if (!kept && by_units && j.T > 1 && j.start[j.T] <= 50 * threads && step >= 7.5e3 * threads) return {threads, 1};
   // Weights that no cache holds are better read once by two halves than twice.
   if (by_units && step / static_cast<double>(j.B) > 1.6e7 && j.B < 16 * threads) return {threads, 1};
   if (j.B >= 4 * threads) return {threads, threads};
@@ -363,6 +368,11 @@ Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, in
   if (j.B >= threads && step < 7e4) return {threads, threads};   // rows, which never wait, though a row alone is slower than its share
   if (step >= 7.5e3 * threads && by_units) return {threads, 1};  // less would wait longer at each step than it computes
   return {1, 1};
+}
+Plan plan(CellKind kind, Dtype dtype, const Job& j, bool backward, bool kept, int most) {
+  const int threads = threads_of(most);
+  if (stays_alone(flops(kind, j), least_flops(j, kept), threads)) return {1, 1};
+  return shared(kind, dtype, j, backward, kept, threads, cores_are_busy());
 }
 
 // Zeros around the caches: what is overwritten is not read first, and what they hold stays. In 16 bytes, aligned as they are, and with no
@@ -399,9 +409,9 @@ class Packs {
       if (e.table == &kernels() && e.units == units && e.compute == compute) return e.held;
     return nullptr;
   }
-  void keep(int units, Compute compute, Held held) {
+  void keep(const Kernels& table, int units, Compute compute, Held held) {
     const std::lock_guard<std::mutex> hold(shelf_lock());
-    entries_.push_back({&kernels(), units, compute, std::move(held)});
+    entries_.push_back({&table, units, compute, std::move(held)});
   }
 
  private:
@@ -459,7 +469,7 @@ struct Call {
     else
       kernels().forward(c.kind, c.dtype, c.job, worker);
     if (id == 0 && c.snapshot && !c.job.packed)
-      c.snapshot->keep(count / c.row_groups, c.job.compute, c.held);  // its packs are whole: forward joined after packing
+      c.snapshot->keep(kernels(), count / c.row_groups, c.job.compute, c.held);  // its packs are whole: forward joined after packing
   }
 };
 
@@ -470,7 +480,7 @@ void run_together(std::vector<Call>& calls) {
   Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.backward, a.snapshot, a.most);
   const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
-  if (p.row_groups > 1 || (a.job.T == 1 && p.workers > 2) || stays_alone(work, threads_of(a.most))) {
+  if (p.row_groups > 1 || (a.job.T == 1 && p.workers > 2) || stays_alone(work, 2e5, threads_of(a.most))) {
     a.run();
     b.run();
     return;
@@ -847,7 +857,7 @@ class Stream {
  public:
   // One list of weights a layer; fresh_h (L, 1, S) and fresh_c (L, 1, H) are what reset() puts; zeros where None.
   Stream(std::string cell, std::vector<Weights> weights, std::string compute, int64_t batch, int64_t taps, bool skip, Array fresh_h,
-         Array fresh_c)
+         Array fresh_c, const Stream* twin = nullptr)
       : cell_(std::move(cell)),
         kind_(kind_of(cell_)),
         compute_(std::move(compute)),
@@ -859,8 +869,12 @@ class Stream {
         live_c_(std::move(fresh_c)) {
     if (weights_.empty()) fail("stream needs a layer");
     if (batch < 1) fail("stream: batch must be at least 1, got " + std::to_string(batch));
+    table_ = twin ? twin->table_ : &kernels();
     build();
-    reset(std::nullopt);
+    if (twin)
+      take(*twin);
+    else
+      refresh(), reset(std::nullopt);
   }
 
   py::array call(const py::array& x, Array out) {
@@ -957,37 +971,30 @@ class Stream {
       }
   }
   std::unique_ptr<Stream> copy() const {
-    auto twin = std::make_unique<Stream>(cell_, weights_, compute_, layout_.B, taps_, skip_, live_h_, live_c_);
-    twin->fresh_h_ = fresh_h_, twin->fresh_c_ = fresh_c_;
-    twin->table_ = table_;  // of the snapshot, whatever the target is today
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      const Layer& from = layers_[i];
-      Layer& to = twin->layers_[i];
-      std::memcpy(to.h.data(), from.h.data(), h_bytes());
-      if (pair()) std::memcpy(to.c.data(), from.c.data(), c_bytes());
-      to.packs = Buffer(from.packs.size()), to.scratch = Buffer(from.scratch.size());
-      std::memcpy(to.packs.data(), from.packs.data(), from.packs.size());
-    }
-    return twin;
+    return std::make_unique<Stream>(cell_, weights_, compute_, layout_.B, taps_, skip_, live_h_, live_c_, this);
   }
   void refresh() {
     const auto copy = [](const Array& a) { return a ? Array(py::array(a->dtype(), shape_of(*a), a->data())) : Array(); };
     fresh_h_ = copy(live_h_), fresh_c_ = copy(live_c_);
+    threads_ = thread_count();
     for (Layer& l : layers_) {
-      Job no_steps = l.job;
-      no_steps.T = 0, no_steps.packed = false, no_steps.h_T = no_steps.c_T = nullptr;
-      table_->forward(kind_, dtype_, no_steps, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
-      l.job.packed = true;
-      l.snapshot = std::make_unique<Packs>();
+      l.snapshot = std::make_shared<Packs>();
+      l.packs = pack(l, 1);
+      l.shares = false;
+      if (threads_ == 1 || flops(kind_, l.job) < least_flops(l.job, true) || table_ != &kernels()) continue;
+      const Plan p = shared(kind_, dtype_, l.job, false, true, threads_, false);
+      l.shares = p.workers > 1;
+      if (p.workers > p.row_groups) pack(l, p.workers);
     }
   }
 
  private:
   struct Layer {
     Job job{};
-    Buffer packs, scratch, h, c, x;
-    std::unique_ptr<Packs> snapshot;  // of sequence(), which shares the work as it likes
-    Buffer chunk_x;
+    Buffer scratch, h, c, x, chunk_x;
+    std::shared_ptr<Packs> snapshot;
+    Packs::Held packs;    // of it, for one worker
+    bool shares = false;  // may a step be worth several threads?
   };
 
   std::string who() const { return std::string(family(kind_)) + ": "; }
@@ -1030,12 +1037,38 @@ class Stream {
       else if (carries(kind_))
         j.c_0 = l.h.data();  // a GRU carries its h
       l.x = Buffer(static_cast<size_t>(layout_.B * j.I) * item());
-      j.kept = true;
-      l.packs = Buffer(kernels().packs_size(kind_, dtype_, j, 1, 1));
-      l.scratch = Buffer(kernels().scratch_size(kind_, dtype_, j, 1, 1, false));
+      j.kept = j.packed = true;
+      l.scratch = Buffer(table_->scratch_size(kind_, dtype_, j, 1, 1, false));
     }
-    table_ = &kernels();
-    refresh();
+  }
+  // What a twin's snapshot and state are.
+  void take(const Stream& twin) {
+    fresh_h_ = twin.fresh_h_, fresh_c_ = twin.fresh_c_, threads_ = twin.threads_;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const Layer& from = twin.layers_[i];
+      Layer& to = layers_[i];
+      to.snapshot = from.snapshot, to.packs = from.packs, to.shares = from.shares;
+      std::memcpy(to.h.data(), from.h.data(), h_bytes());
+      if (pair()) std::memcpy(to.c.data(), from.c.data(), c_bytes());
+    }
+  }
+  // The weights as so many workers over units read them, put into the snapshot.
+  Packs::Held pack(const Layer& l, int units) const {
+    Job no_steps = l.job;
+    no_steps.T = 0, no_steps.packed = false, no_steps.h_T = no_steps.c_T = nullptr;
+    auto held = std::make_shared<Buffer>(table_->packs_size(kind_, dtype_, no_steps, units, 1));
+    const Lent scratch(table_->scratch_size(kind_, dtype_, no_steps, units, 1, false));
+    for (int id = 0; id < units; ++id)  // one after the other, who then have nobody to wait for
+      table_->forward(kind_, dtype_, no_steps, Worker{id, units, 1, held->data(), scratch.data(), [](void*) {}, nullptr});
+    l.snapshot->keep(*table_, units, l.job.compute, held);
+    return held;
+  }
+  // A layer's step. By several threads only where the snapshot holds the weights for them: the live ones may have changed.
+  void advance(Layer& l) {
+    if (l.shares && table_ == &kernels() && thread_count() == threads_)
+      Call{kind_, dtype_, l.job, false, ALL, l.snapshot.get()}.run();
+    else
+      table_->forward(kind_, dtype_, l.job, Worker{0, 1, 1, l.packs->data(), l.scratch.data(), nullptr, nullptr});
   }
 
   void step(const char* x, py::ssize_t stride, char* out) {
@@ -1055,7 +1088,7 @@ class Stream {
       } else {
         j.y = {layers_[static_cast<size_t>(i + 1)].x.data(), 0, R};
       }
-      table_->forward(kind_, dtype_, j, Worker{0, 1, 1, l.packs.data(), l.scratch.data(), nullptr, nullptr});
+      advance(l);
       if (skip_ && i + 1 < L) {
         char* next = static_cast<char*>(layers_[static_cast<size_t>(i + 1)].x.data());
         for (int64_t b = 0; b < B; ++b) {
@@ -1080,6 +1113,7 @@ class Stream {
   std::unique_ptr<Checker> check_;
   std::vector<Layer> layers_;
   const Kernels* table_ = nullptr;
+  int threads_ = 1;  // at the snapshot
 };
 
 // ---- a whole stack of layers over another library's tensors -----------------------------------------------------------------------------

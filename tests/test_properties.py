@@ -25,6 +25,7 @@ BUSY = {
     "many rows": Shape(12, 67, 20, 40, "a split of the batch leaves rows over"),
     "many units": Shape(6, 3, 33, 260, "a split of the units leaves units over"),
     "one step": Shape(1, 5, 130, 260, "weights are used once, as they stand: enough of them for many threads"),
+    "few steps": Shape(3, 9, 30, 70, "packs for rows would cost more than they save"),
 }
 
 
@@ -330,6 +331,29 @@ def test_stream_holds_a_snapshot(problem: Problem, target: str) -> None:
     for stream in (used, unused, twin):
         stream.refresh()
     assert [streamed(stream) for stream in (used, unused, twin)] == [new] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("cell", CELLS)
+def test_stream_on_many_threads_equals_one(cell: str, rows: int, target: str, set_num_threads: Callable[[int], None]) -> None:
+    """Shared by units or by rows; and with the weights at its making, whatever the number of threads has become since."""
+    shape = Shape(3, rows, 80, 130, "enough for many threads")
+    for projection in ("none", "plain"):
+        problem = Problem(cell, shape, layers=2, projection=projection, state="learned")
+        if not problem.makes_sense:
+            continue
+        a = arrays(problem, "float32")
+        layer = layer_of(problem, "float32", a.params).eval()
+        set_num_threads(1)
+        y, _ = layer(a.x)
+        for made, used in ((1, 1), (2, 2), (3, 3), (1, 2), (2, 3), (3, 2)):
+            layer.load_state_dict(a.params)
+            set_num_threads(made)
+            stream = layer.stream(batch=rows)
+            layer.train().flat[...] *= 2
+            set_num_threads(used)
+            streamed = np.stack([stream(a.x[0]), *(stream.copy()(a.x[1]) for _ in range(2)), *map(stream, a.x[1:])])
+            assert streamed.tobytes() == y[[0, 1, 1, 1, 2]].tobytes(), (projection, made, used)
 
 
 # ---- A batch in rows -------------------------------------------------------------------------------------------------

@@ -219,7 +219,8 @@ class _Recurrent(Module):
         """A handle that runs one time step a call over a snapshot of the weights: y = stream(x), x (B, I) -> y (B, R), with skip (B, L*R).
 
         `stream.state` reads and sets the state (L, B, R) or the pair; `stream.reset(mask=None)` puts rows back to the initial state;
-        `stream.copy()` branches; `stream.refresh()` reads the weights anew. Bit for bit what the layer itself gives on the whole sequence.
+        `stream.copy()` branches; `stream.refresh()` reads the weights anew. Bit for bit what the layer itself gives on the whole sequence. A step
+        that is worth it runs on several threads, as many as there were at the snapshot, and on one where their number has changed since.
 
         Raises ValueError where the layer is bidirectional: its backward direction would need the future.
 
