@@ -479,8 +479,7 @@ void run_together(std::vector<Call>& calls) {
   if (calls.size() == 1) return calls[0].run();
   Call &a = calls[0], &b = calls[1];
   const Plan p = plan(a.kind, a.dtype, a.job, a.backward, a.snapshot, a.most);
-  const double work = 2.0 * gates(a.kind) * static_cast<double>(a.job.start[a.job.T] * a.job.H * (a.job.I + a.job.R));
-  if (p.row_groups > 1 || (a.job.T == 1 && p.workers > 2) || stays_alone(work, 2e5, threads_of(a.most))) {
+  if (p.row_groups > 1 || (a.job.T == 1 && p.workers > 2) || stays_alone(flops(a.kind, a.job), 2e5, threads_of(a.most))) {
     a.run();
     b.run();
     return;
