@@ -19,7 +19,12 @@ constexpr int tile_rows(int nv) {
   return nv == 4 ? 3 : nv == 3 ? 4 : nv == 2 ? 6 : 8;
 }
 constexpr int MAX_ROWS = REGISTERS == 32 ? 9 : 8;
-constexpr int PACKED_ROWS = tile_rows(MAX_NV);  // rows of A packed side by side by pack_columns
+constexpr int PACKED_ROWS = 6;  // rows of A packed side by side by pack_columns: one tile or two
+static_assert(PACKED_ROWS % tile_rows(MAX_NV) == 0);
+
+// Narrow tiles use a panel up so fast that the next, from beyond the second-level cache, would keep them waiting, and read a column of A
+// from a line of its own for every k. Tiles of wide registers were not seen to gain.
+constexpr bool FETCHES_AHEAD = REGISTERS == 16, PACKS_COLUMNS = REGISTERS == 16;
 
 RNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RNNFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -95,10 +100,20 @@ struct Bytes {
   static float inverse(float scale) { return scale > 0x1p-120f ? 1 / scale : 0; }  // all else counts as 0, or becomes NaN by its scale
 };
 
+// Memory that a tile fetches into the second-level cache on its way, one place for each k.
+struct Fetch {
+  const char* at;
+  int64_t step;
+  RNNFAST_INLINE void next() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+
 // One tile, of one element k at least. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last
 // register stores `tail` lanes.
-template <class E, class T, int MR, int NV>
-void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail) {
+template <class E, class T, int MR, int NV, class... Fetching>
+void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail, Fetching... fetch) {
   constexpr int L = LANES<T>;
   const T* row[MR];
   typename E::Sum acc[MR][NV];
@@ -134,6 +149,7 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
         each<NV>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = E::add_product(b, held[v], acc[r][v]); });
       });
     }
+    (fetch.next(), ...);
     at += step, w += NV * L;
   } while (++k < K);
   each<MR>([&](auto r) RNNFAST_LAMBDA {
@@ -175,27 +191,29 @@ __attribute__((noinline)) double multiply_in_registers(int64_t rounds) {
   return 2.0 * E::DEPTH * LANES<T> * CHAINS * static_cast<double>(rounds);
 }
 
-template <class T>
-using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int);
+template <class T, class... Fetching>
+using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int, Fetching...);
 
 template <class E, class T, int NV, int... MR>
 struct TilesOf {
   static constexpr TileFunction<T> of[] = {nullptr, (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV> : nullptr)...};
+  static constexpr TileFunction<T, Fetch> fetching = FETCHES_AHEAD ? tile<E, T, tile_rows(NV), NV, Fetch> : nullptr;  // of all rows
 };
 template <class E, int NV>
 using Tiles = TilesOf<E, typename E::type, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
 
-template <class E>
-RNNFAST_INLINE TileFunction<typename E::type> tile_function(int nv, int64_t rows) {
+// f(Tiles<E, nv>{}).
+template <class E, class F>
+RNNFAST_INLINE auto visit_tiles(int nv, F f) {
   switch (nv) {
     case 1:
-      return Tiles<E, 1>::of[rows];
+      return f(Tiles<E, 1>{});
     case 2:
-      return Tiles<E, 2>::of[rows];
+      return f(Tiles<E, 2>{});
     case 3:
-      return Tiles<E, 3>::of[rows];
+      return f(Tiles<E, 3>{});
     default:
-      return Tiles<E, 4>::of[rows];
+      return f(Tiles<E, 4>{});
   }
 }
 
@@ -205,10 +223,10 @@ RNNFAST_INLINE TileFunction<typename E::type> tile_function(int nv, int64_t rows
 constexpr int64_t PANEL_BYTES = 128 * 1024;
 
 // One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows and K elements, a's from `a_at` on. Rows split
-// evenly (8 = 4 + 4, not 6 + 2).
+// evenly (8 = 4 + 4, not 6 + 2). `next`: the panel whose turn is next, to be fetched meanwhile, or null.
 template <class E, class T>
 __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t a_at, int64_t step, const T* w,
-                                       const T* first, T* const* c, int64_t c_at) {
+                                       const T* first, T* const* c, int64_t c_at, const T* next) {
   if (K <= E::HEADER) {  // nothing to add
     for (int64_t r = 0; first && r < rows; ++r)
       for (int v = 0; v < nv; ++v) store(c[r] + c_at + v * LANES<T>, load(first + v * LANES<T>), v == nv - 1 ? tail : LANES<T>);
@@ -220,12 +238,23 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
   int64_t k = 0;
   do {
     const int64_t k_count = least(K_block, K - k);
+    Fetch fetch{};
+    if (FETCHES_AHEAD && next) {  // each of the tiles its part
+      fetch.at = reinterpret_cast<const char*>(k + k_count < K ? w + (k + k_count) * width : next);
+      fetch.step = ceil_div(width * static_cast<int64_t>(sizeof(T)), most(1, rows / full));
+    }
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
       const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
       const T* at[MAX_ROWS];
       for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + (a_at + k) * step;
-      tile_function<E>(nv, count)(at, step, k_count, w + k * width, k == 0 ? first : nullptr, c + r, c_at, tail);
+      const T *const block = w + k * width, *const start = k == 0 ? first : nullptr;
+      if (FETCHES_AHEAD && fetch.at && count == full) {
+        visit_tiles<E>(nv, [](auto tiles) { return tiles.fetching; })(at, step, k_count, block, start, c + r, c_at, tail, fetch);
+        fetch.at += k_count * fetch.step;
+      } else {
+        visit_tiles<E>(nv, [=](auto tiles) { return tiles.of[count]; })(at, step, k_count, block, start, c + r, c_at, tail);
+      }
       r += count;
     }
     k += k_count;
@@ -245,6 +274,14 @@ struct Panels {
   int64_t size() const { return blocks * slots * LANES<T> * K; }
   int64_t at(int64_t panel) const { return panel * per_panel * slots * LANES<T> * K; }
   int nv(int64_t panel) const { return static_cast<int>(least(per_panel, blocks - panel * per_panel) * slots); }
+  // The panel after this one, going `down` or up, where its turn comes so soon that a product of so many rows should fetch it, else null:
+  // few tiles are done so soon that fetching only pays for what comes from memory.
+  const T* next(const T* packed, int64_t panel, bool down, int64_t rows) const {
+    const int64_t after = down ? panel - 1 : panel + 1, tiles = rows / tile_rows(MAX_NV);
+    const int64_t least_bytes = tiles > 2 ? int64_t{1} << 18 : int64_t{6} << 20;
+    const bool fetches = FETCHES_AHEAD && tiles > 1 && 0 <= after && after < count() && size() * static_cast<int64_t>(sizeof(T)) > least_bytes;
+    return fetches ? packed + at(after) : nullptr;
+  }
   // Lanes to store of the panel's last register where the destination has no padding (slots == 1).
   int tail(int64_t panel) const { return static_cast<int>(panel == count() - 1 ? last : LANES<T>); }
 };
@@ -427,11 +464,11 @@ void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, cons
 }
 
 // Columns [m0, m1) of the matrix of K rows whose row k is from + k·pitch, as [m / PACKED_ROWS][element][m % PACKED_ROWS]: A of a product
-// over k with step PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what may be read.
+// over k with step PACKED_ROWS. m0 is a multiple of PACKED_ROWS; `columns` bounds what is packed, and up to 8 numbers more may be read.
 template <class E, class T>
 __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
   constexpr int P = PACKED_ROWS, L = LANES<T>, D = E::DEPTH;
-  constexpr int64_t K_block = 32;  // a block of lines stays in the first-level cache while its columns are taken in turn
+  constexpr int64_t K_block = REGISTERS == 32 ? 32 : 16;  // a block of lines stays in the first-level cache while its columns are taken in turn
   const int64_t elements = ceil_div(K, D);
   for (int64_t k0 = 0; k0 < K; k0 += K_block) {
     const int64_t k1 = least(K, k0 + K_block);
@@ -441,9 +478,14 @@ __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t colu
       const int64_t valid = least(P, columns - m);
       for (int64_t k = k0; k < k1; k += D, out += P, in += D * pitch)
         for (int64_t i = 0; i < P; i += L) {
-          const int n = static_cast<int>(least(L, valid - i));
-          const Reg<T> e = n > 0 ? E::across(in + i, k + D <= K ? in + (D - 1) * pitch + i : nullptr, n) : all(T(0));
-          store(out + i, e, static_cast<int>(least(L, P - i)));
+          const T* const second = k + D <= K ? in + (D - 1) * pitch + i : nullptr;
+          const int room = static_cast<int>(least(L, P - i));
+          if (REGISTER_BYTES < 64 && k + D < K) {  // without masks, whole registers: the next k's come over what is too much
+            store(out + i, E::across(in + i, second, L));
+          } else {
+            const int n = static_cast<int>(least(L, valid - i));
+            store(out + i, n > 0 ? E::across(in + i, second, n) : all(T(0)), room);
+          }
         }
     }
   }
@@ -461,6 +503,7 @@ class Products {
     return factors == Factors::EXACT ? K : factors == Factors::HALVES ? ceil_div(K, 2) : Bytes::HEADER + ceil_div(K, 4);
   }
   bool exact() const { return factors == Factors::EXACT; }
+  bool packs_columns() const { return !exact() || PACKS_COLUMNS; }  // of A in products over tokens
   bool few(int64_t rows, int64_t most_rows) const { return exact() && 0 < rows && rows <= most_rows; }
 
   // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
@@ -488,10 +531,10 @@ class Products {
 
   // As the functions of these names.
   void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t a_at, int64_t step, const T* w, const T* first,
-                T* const* c, int64_t c_at) const {
+                T* const* c, int64_t c_at, const T* next = nullptr) const {
     if constexpr (sizeof(T) == sizeof(float))
-      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at);
-    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at); });
+      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at, next);
+    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at, next); });
   }
   void gates(const Panels<T>& p, int64_t panel, int64_t k_begin, int64_t k_end, int64_t first_unit, int64_t units, const T* const* gate,
              int64_t pitch, T* to) const {
@@ -503,7 +546,9 @@ class Products {
     visit([&](auto e) { pack_rows<decltype(e)>(p, panel, K, row, to); });
   }
   void columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) const {
-    if constexpr (sizeof(T) == sizeof(float)) pack_columns<Halves>(m0, m1, columns, K, from, pitch, to);  // numbers themselves need none
+    visit([&](auto e) {
+      if constexpr (decltype(e)::DEPTH > 1 || PACKS_COLUMNS) pack_columns<decltype(e)>(m0, m1, columns, K, from, pitch, to);
+    });
   }
 
  private:

@@ -334,7 +334,7 @@ struct Sequence {
         const int64_t end = least(p.K, k + block);
         if (!g.packed) pack_panel(g, p, panel, k, end, f.panel);
         multiply.multiply(p.nv(panel), L, count, end - k, rows_in, k, 1, g.packed ? g.packed + p.at(panel) : f.panel,
-                          first && k == 0 ? first + at : nullptr, to, at);
+                          first && k == 0 ? first + at : nullptr, to, at, g.packed ? p.next(g.packed, panel, down, count) : nullptr);
         k = end;
       } while (k < p.K);
     }
@@ -551,9 +551,10 @@ struct Sequence {
     f.dq = arena.take<T>(RESETS_FIRST ? j.B * Hp : 0);
     f.da = f.da_next = arena.take<T>(tokens * da_pitch());
     f.dy_total = f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
-    if (multiply.exact()) f.da_next = arena.take<T>(tokens * da_pitch()), f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
-    f.a_packed = arena.take<T>(multiply.exact() ? 0 : (PRE * H + PACKED_ROWS) * elements(tokens));
-    f.dy_packed = arena.take<T>(multiply.exact() || !j.projected ? 0 : (j.R + PACKED_ROWS) * elements(tokens));
+    const bool packs = multiply.packs_columns();
+    if (!packs) f.da_next = arena.take<T>(tokens * da_pitch()), f.dy_next = arena.take<T>(j.projected ? tokens * dy_pitch() : 0);
+    f.a_packed = arena.take<T>(packs ? (PRE * H + PACKED_ROWS) * elements(tokens) : 0);
+    f.dy_packed = arena.take<T>(packs && j.projected ? (j.R + PACKED_ROWS) * elements(tokens) : 0);
     for (int i = 0; i < 4; ++i)
       f.operand[i] = arena.take<T>(operand_width(i) ? Panels<T>(operand_width(i), 1, elements(tokens)).size() : 0);
     f.kept = nullptr;
@@ -799,26 +800,30 @@ struct Sequence {
         const int64_t panel = down ? p.count() - 1 - i : i;
         if (!c.packed) multiply.rows(p, panel, least(K, end * depth) - k * depth, f.line + k * depth, f.panel);
         multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, end - k, from, k, 1, c.packed ? c.packed + p.at(panel) : f.panel,
-                          k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L);
+                          k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L, c.packed ? p.next(c.packed, panel, down, n) : nullptr);
       }
       k = end;
     } while (k < p.K);
   }
 
-  // Do the products over a chunk's tokens take the operands as they stand? What `recompute` made of them must not be needed when a worker
-  // that is ahead goes on to the next chunk.
-  bool as_they_stand(int64_t tokens) const { return multiply.few(tokens, COMBINED_ROWS) && (!j.recompute || tokens == j.start[j.T]); }
+  // Do the products over a chunk's tokens take da and the operands as they stand? What is there but once, as what `recompute` makes of them,
+  // must not be needed when a worker that is ahead goes on to the next chunk.
+  bool as_they_stand(int64_t tokens) const {
+    const bool only_one = j.recompute || multiply.packs_columns();
+    return multiply.few(tokens, COMBINED_ROWS) && (!only_one || tokens == j.start[j.T]);
+  }
 
-  // Side by side for the products over a chunk's tokens: the operands, and daᵀ unless its own numbers are multiplied. Each worker packs its
-  // share.
+  // Side by side for the products over a chunk's tokens: the operands, and daᵀ where it is packed. Each worker packs its share.
   void gather(const Backward& f, int64_t t0, int64_t t1, int64_t tokens) const {
     const auto columns = [&](int64_t count, const T* from, int64_t pitch, T* to) {
       const Range own = share(ceil_div(count, PACKED_ROWS), w.id, w.count);
       multiply.columns(own.begin * PACKED_ROWS, least(own.end * PACKED_ROWS, count), count, tokens, from, pitch, to);
     };
-    if (!multiply.exact()) columns(PRE * H, f.da, da_pitch(), f.a_packed);
-    if (!multiply.exact() && j.projected) columns(j.R, f.dy_total, dy_pitch(), f.dy_packed);
     if (as_they_stand(tokens)) return;
+    if (multiply.packs_columns()) {
+      columns(PRE * H, f.da, da_pitch(), f.a_packed);
+      if (j.projected) columns(j.R, f.dy_total, dy_pitch(), f.dy_packed);
+    }
     int64_t turn = 0;  // panels of all operands in turn
     for (int i = 0; i < 4; ++i) {
       if (operand_width(i) == 0) continue;
@@ -910,12 +915,13 @@ struct Sequence {
     const int64_t begin = m0 + tiles.begin * PACKED_ROWS, end = least(m1, m0 + tiles.end * PACKED_ROWS);
     if (!weights || begin >= end) return;
     const T *const a = by_gate ? f.da : f.dy_total, *const packed = by_gate ? f.a_packed : f.dy_packed;
-    const int64_t step = !multiply.exact() ? PACKED_ROWS : by_gate ? da_pitch() : dy_pitch();
+    const bool as_is = as_they_stand(tokens), packs = !as_is && multiply.packs_columns();
+    const int64_t step = packs ? PACKED_ROWS : by_gate ? da_pitch() : dy_pitch();
     for (int64_t m = begin; m < end; ++m) {
-      f.from[m - begin] = multiply.exact() ? a + m : packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS;
+      f.from[m - begin] = packs ? packed + m / PACKED_ROWS * PACKED_ROWS * elements(tokens) + m % PACKED_ROWS : a + m;
       f.to[m - begin] = out(weights) + (by_gate ? Cell::GATE[m / H] * H + m % H : m) * width;
     }
-    if (as_they_stand(tokens)) {
+    if (as_is) {
       const T* row[COMBINED_ROWS];
       operand_rows(f, operand, t0, t1, row);
       return combine_rows(end - begin, f.from, step, tokens, row, width, fresh, fresh && j.around, f.to);
@@ -924,7 +930,7 @@ struct Sequence {
     const T* const first = fresh ? f.zeros : nullptr;
     // Where the operand stays in the second-level cache, a few rows after the other, so that each is written from one end to the other.
     const bool small = p.size() * static_cast<int64_t>(sizeof(T)) <= PANEL_BYTES;
-    const int64_t height = small ? 4 : end - begin;
+    const int64_t height = small ? REGISTERS == 32 ? 4 : PACKED_ROWS : end - begin;
     for (int64_t m = 0; m < end - begin; m += height)
       for (int64_t panel = 0; panel < p.count(); ++panel)
         multiply.multiply(p.nv(panel), p.tail(panel), least(height, end - begin - m), p.K, f.from + m, 0, step,
