@@ -22,6 +22,8 @@ constexpr int MAX_ROWS = REGISTERS == 32 ? 9 : 8;
 constexpr int PACKED_ROWS = 6;  // rows of A packed side by side by pack_columns: one tile or two
 static_assert(PACKED_ROWS % tile_rows(MAX_NV) == 0);
 
+// One row goes over so many panels at a time: as many sums as hide a multiply-add's latency, and as many streams for the prefetchers.
+constexpr int ROW_PANELS = REGISTERS == 16 && REGISTER_BYTES > 0 ? 2 : 1;
 // Narrow tiles use a panel up so fast that the next, from beyond the second-level cache, would keep them waiting, and read a column of A
 // from a line of its own for every k. Tiles of wide registers were not seen to gain.
 constexpr bool FETCHES_AHEAD = REGISTERS == 16, PACKS_COLUMNS = REGISTERS == 16;
@@ -61,8 +63,7 @@ struct Halves {
 };
 
 // Four whole numbers q = round(x / scale), with a scale for each row of A and each column of W, that makes the largest of them 127:
-// Σ x w ≈ scale_x scale_w Σ q_x q_w, summed exactly. A's bytes are q + 128, as the instruction wants them without a sign; 128 Σ q_w is
-// taken off at the end. The header of A is its scale and nothing, that of W its scales and the Σ q_w. Only A's rows and W's gates have this
+// Σ x w ≈ scale_x scale_w Σ q_x q_w, summed exactly. A's bytes are q + BYTE_OFFSET, and BYTE_OFFSET Σ q_w is taken off at the end. The header of A is its scale and nothing, that of W its scales and the Σ q_w. Only A's rows and W's gates have this
 // form.
 struct Bytes {
   typedef float type;
@@ -71,7 +72,7 @@ struct Bytes {
   static RNNFAST_INLINE Reg<float> broadcast(const float* a) { return broadcast_bits(a); }
   static RNNFAST_INLINE Words add_product(Reg<float> a, Reg<float> b, Words sum) { return add_byte_products(bits_of(a), bits_of(b), sum); }
   static RNNFAST_INLINE Reg<float> value(Words sum, const float* a, Reg<float> scale, Reg<float> column_sum) {
-    return to_float(sum - (bits_of(column_sum) << 7)) * (all(*a) * scale);
+    return to_float(sum - bits_of(column_sum) * BYTE_OFFSET) * (all(*a) * scale);
   }
   // The scale of n numbers, NaN where one of them is not finite.
   static float scale(const float* from, int64_t n) {
@@ -100,8 +101,16 @@ struct Bytes {
   static float inverse(float scale) { return scale > 0x1p-120f ? 1 / scale : 0; }  // all else counts as 0, or becomes NaN by its scale
 };
 
-// Memory that a tile fetches into the second-level cache on its way, one place for each k.
+// What else a tile does. Nothing; fetch memory into the second-level cache on its way, one place for each k; or go over several whole panels
+// at a time, so far apart, as do their columns.
+struct Alone {
+  static constexpr int PANELS = 1;
+  static constexpr int64_t w_pitch = 0, c_pitch = 0;
+  RNNFAST_INLINE void next() {}
+};
 struct Fetch {
+  static constexpr int PANELS = 1;
+  static constexpr int64_t w_pitch = 0, c_pitch = 0;
   const char* at;
   int64_t step;
   RNNFAST_INLINE void next() {
@@ -109,20 +118,28 @@ struct Fetch {
     at += step;
   }
 };
+template <int N>
+struct Abreast {
+  static constexpr int PANELS = N;
+  int64_t w_pitch, c_pitch;
+  RNNFAST_INLINE void next() {}
+};
 
 // One tile, of one element k at least. a[r][k·step] is A; `first` (NV·LANES) starts every row, or C itself where it is null; the last
 // register stores `tail` lanes.
-template <class E, class T, int MR, int NV, class... Fetching>
-void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail, Fetching... fetch) {
-  constexpr int L = LANES<T>;
+template <class E, class T, int MR, int WIDTH, class Also>
+void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first, T* const* c, int64_t c_at, int tail, Also also) {
+  constexpr int L = LANES<T>, NV = WIDTH * Also::PANELS;
   const T* row[MR];
   typename E::Sum acc[MR][NV];
+  const auto w_of = [&](auto v) RNNFAST_LAMBDA { return v / WIDTH * also.w_pitch + v % WIDTH * L; };
+  const auto c_of = [&](auto v) RNNFAST_LAMBDA { return v / WIDTH * also.c_pitch + v % WIDTH * L; };
   const auto start = [&](auto r, auto v) RNNFAST_LAMBDA {
-    if (first) return load(first + v * L);
-    return v == NV - 1 ? load(c[r] + c_at + v * L, tail) : load(c[r] + c_at + v * L);
+    if (first) return load(first + c_of(v));
+    return v == NV - 1 ? load(c[r] + c_at + c_of(v), tail) : load(c[r] + c_at + c_of(v));
   };
   const T* const header = w;
-  w += E::HEADER * NV * L;
+  w += E::HEADER * WIDTH * L;
   each<MR>([&](auto r) RNNFAST_LAMBDA {
     row[r] = a[r];
     each<NV>([&](auto v) RNNFAST_LAMBDA {
@@ -138,32 +155,32 @@ void tile(const T* const* a, int64_t step, int64_t K, const T* w, const T* first
       Reg<T> held[MR];
       each<MR>([&](auto r) RNNFAST_LAMBDA { held[r] = E::broadcast(row[r] + at); });
       each<NV>([&](auto v) RNNFAST_LAMBDA {
-        const Reg<T> b = MR > 1 ? once<T>(load(w + v * L)) : load(w + v * L);
+        const Reg<T> b = MR > 1 ? once<T>(load(w + w_of(v))) : load(w + w_of(v));
         each<MR>([&](auto r) RNNFAST_LAMBDA { acc[r][v] = E::add_product(held[r], b, acc[r][v]); });
       });
     } else {
       Reg<T> held[NV];
-      each<NV>([&](auto v) RNNFAST_LAMBDA { held[v] = once<T>(load(w + v * L)); });
+      each<NV>([&](auto v) RNNFAST_LAMBDA { held[v] = once<T>(load(w + w_of(v))); });
       each<MR>([&](auto r) RNNFAST_LAMBDA {
         const Reg<T> b = E::broadcast(row[r] + at);
         each<NV>([&](auto v) RNNFAST_LAMBDA { acc[r][v] = E::add_product(b, held[v], acc[r][v]); });
       });
     }
-    (fetch.next(), ...);
-    at += step, w += NV * L;
+    also.next();
+    at += step, w += WIDTH * L;
   } while (++k < K);
   each<MR>([&](auto r) RNNFAST_LAMBDA {
     T* const to = c[r] + c_at;
     each<NV>([&](auto v) RNNFAST_LAMBDA {
       Reg<T> sum;
       if constexpr (E::HEADER > 0)
-        sum = start(r, v) + E::value(acc[r][v], row[r], load(header + v * L), load(header + (NV + v) * L));
+        sum = start(r, v) + E::value(acc[r][v], row[r], load(header + w_of(v)), load(header + w_of(v) + WIDTH * L));
       else
         sum = acc[r][v];
       if (v == NV - 1)
-        store(to + v * L, sum, tail);
+        store(to + c_of(v), sum, tail);
       else
-        store(to + v * L, sum);
+        store(to + c_of(v), sum);
     });
   });
 }
@@ -191,13 +208,15 @@ __attribute__((noinline)) double multiply_in_registers(int64_t rounds) {
   return 2.0 * E::DEPTH * LANES<T> * CHAINS * static_cast<double>(rounds);
 }
 
-template <class T, class... Fetching>
-using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int, Fetching...);
+template <class T, class Also>
+using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int, Also);
 
 template <class E, class T, int NV, int... MR>
 struct TilesOf {
-  static constexpr TileFunction<T> of[] = {nullptr, (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV> : nullptr)...};
-  static constexpr TileFunction<T, Fetch> fetching = FETCHES_AHEAD ? tile<E, T, tile_rows(NV), NV, Fetch> : nullptr;  // of all rows
+  static constexpr TileFunction<T, Alone> of[] = {
+      nullptr, (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV, Alone> : nullptr)...};
+  static constexpr TileFunction<T, Fetch> fetching = tile<E, T, tile_rows(NV), NV, Fetch>;                // of all rows
+  static constexpr TileFunction<T, Abreast<ROW_PANELS>> abreast = tile<E, T, 1, NV, Abreast<ROW_PANELS>>;  // of one
 };
 template <class E, int NV>
 using Tiles = TilesOf<E, typename E::type, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
@@ -223,10 +242,10 @@ RNNFAST_INLINE auto visit_tiles(int nv, F f) {
 constexpr int64_t PANEL_BYTES = 128 * 1024;
 
 // One panel: c[r][c_at ..] = first + a[r]·w, or += where first is null, for `rows` rows and K elements, a's from `a_at` on. Rows split
-// evenly (8 = 4 + 4, not 6 + 2). `next`: the panel whose turn is next, to be fetched meanwhile, or null.
-template <class E, class T>
+// evenly (8 = 4 + 4, not 6 + 2). `next`, where given: the panel whose turn is next, to be fetched meanwhile.
+template <class E, class T, class... Next>
 __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K, const T* const* a, int64_t a_at, int64_t step, const T* w,
-                                       const T* first, T* const* c, int64_t c_at, const T* next) {
+                                       const T* first, T* const* c, int64_t c_at, Next... next) {
   if (K <= E::HEADER) {  // nothing to add
     for (int64_t r = 0; first && r < rows; ++r)
       for (int v = 0; v < nv; ++v) store(c[r] + c_at + v * LANES<T>, load(first + v * LANES<T>), v == nv - 1 ? tail : LANES<T>);
@@ -238,24 +257,24 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
   int64_t k = 0;
   do {
     const int64_t k_count = least(K_block, K - k);
-    Fetch fetch{};
-    if (FETCHES_AHEAD && next) {  // each of the tiles its part
-      fetch.at = reinterpret_cast<const char*>(k + k_count < K ? w + (k + k_count) * width : next);
-      fetch.step = ceil_div(width * static_cast<int64_t>(sizeof(T)), most(1, rows / full));
-    }
+    [[maybe_unused]] Fetch fetch{};
+    if constexpr (sizeof...(Next) > 0)  // each of the tiles its part
+      fetch = {reinterpret_cast<const char*>(k + k_count < K ? w + (k + k_count) * width : (next, ...)),
+               ceil_div(width * static_cast<int64_t>(sizeof(T)), most(1, rows / full))};
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
       const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
       const T* at[MAX_ROWS];
       for (int64_t i = 0; i < count; ++i) at[i] = a[r + i] + (a_at + k) * step;
       const T *const block = w + k * width, *const start = k == 0 ? first : nullptr;
-      if (FETCHES_AHEAD && fetch.at && count == full) {
-        visit_tiles<E>(nv, [](auto tiles) { return tiles.fetching; })(at, step, k_count, block, start, c + r, c_at, tail, fetch);
-        fetch.at += k_count * fetch.step;
-      } else {
-        visit_tiles<E>(nv, [=](auto tiles) { return tiles.of[count]; })(at, step, k_count, block, start, c + r, c_at, tail);
-      }
       r += count;
+      if constexpr (sizeof...(Next) > 0)
+        if (count == full) {
+          visit_tiles<E>(nv, [](auto tiles) { return tiles.fetching; })(at, step, k_count, block, start, c + r - count, c_at, tail, fetch);
+          fetch.at += k_count * fetch.step;
+          continue;
+        }
+      visit_tiles<E>(nv, [=](auto tiles) { return tiles.of[count]; })(at, step, k_count, block, start, c + r - count, c_at, tail, Alone{});
     }
     k += k_count;
   } while (k < K);
@@ -274,13 +293,20 @@ struct Panels {
   int64_t size() const { return blocks * slots * LANES<T> * K; }
   int64_t at(int64_t panel) const { return panel * per_panel * slots * LANES<T> * K; }
   int nv(int64_t panel) const { return static_cast<int>(least(per_panel, blocks - panel * per_panel) * slots); }
-  // The panel after this one, going `down` or up, where its turn comes so soon that a product of so many rows should fetch it, else null:
-  // few tiles are done so soon that fetching only pays for what comes from memory.
-  const T* next(const T* packed, int64_t panel, bool down, int64_t rows) const {
-    const int64_t after = down ? panel - 1 : panel + 1, tiles = rows / tile_rows(MAX_NV);
-    const int64_t least_bytes = tiles > 2 ? int64_t{1} << 18 : int64_t{6} << 20;
-    const bool fetches = FETCHES_AHEAD && tiles > 1 && 0 <= after && after < count() && size() * static_cast<int64_t>(sizeof(T)) > least_bytes;
-    return fetches ? packed + at(after) : nullptr;
+  // Are the i-th panel and those that follow it, going `down` or up, ROW_PANELS of whole registers?
+  bool whole_abreast(int64_t i, bool down) const {
+    const int64_t whole = blocks / per_panel - (slots == 1 && blocks % per_panel == 0 && last < LANES<T>);  // the first so many are
+    return down ? i >= count() - whole && i + ROW_PANELS <= count() : i + ROW_PANELS <= whole;
+  }
+  // Should a product of so many rows fetch the panel after the one that it is at? Few tiles are done so soon that it only pays for what
+  // comes from memory.
+  bool fetch_ahead(int64_t rows) const {
+    if (!FETCHES_AHEAD || rows < 2 * tile_rows(MAX_NV)) return false;
+    return size() * static_cast<int64_t>(sizeof(T)) > (rows < 3 * tile_rows(MAX_NV) ? int64_t{6} << 20 : int64_t{1} << 18);
+  }
+  // That panel, going `down` or up; null after the last.
+  const T* next(const T* packed, int64_t panel, bool down) const {
+    return down ? panel > 0 ? packed + at(panel - 1) : nullptr : panel + 1 < count() ? packed + at(panel + 1) : nullptr;
   }
   // Lanes to store of the panel's last register where the destination has no padding (slots == 1).
   int tail(int64_t panel) const { return static_cast<int>(panel == count() - 1 ? last : LANES<T>); }
@@ -504,6 +530,9 @@ class Products {
   }
   bool exact() const { return factors == Factors::EXACT; }
   bool packs_columns() const { return !exact() || PACKS_COLUMNS; }  // of A in products over tokens
+  bool abreast(int64_t rows, int64_t elements) const {
+    return ROW_PANELS > 1 && rows == 1 && elements > (factors == Factors::BYTES ? Bytes::HEADER : 0);
+  }
   bool few(int64_t rows, int64_t most_rows) const { return exact() && 0 < rows && rows <= most_rows; }
 
   // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
@@ -519,7 +548,7 @@ class Products {
         const Reg<T> inverse = all(bytes ? Bytes::inverse(to[0]) : T(0));
         for (int64_t e = header, k = 0; e < count; e += L, k += depth * L) {
           const int64_t n = least(depth * L, K - k);
-          store(to + e, bytes ? Bytes::along(from[r] + k, n, inverse, 128) : Halves::along(from[r] + k, n),
+          store(to + e, bytes ? Bytes::along(from[r] + k, n, inverse, BYTE_OFFSET) : Halves::along(from[r] + k, n),
                 static_cast<int>(least(L, count - e)));
         }
       }
@@ -532,9 +561,29 @@ class Products {
   // As the functions of these names.
   void multiply(int nv, int tail, int64_t rows, int64_t elements, const T* const* a, int64_t a_at, int64_t step, const T* w, const T* first,
                 T* const* c, int64_t c_at, const T* next = nullptr) const {
+    const auto run = [&](auto e) {
+      using E = decltype(e);
+      if constexpr (FETCHES_AHEAD)
+        if (next) return product<E>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at, next);
+      product<E>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at);
+    };
     if constexpr (sizeof(T) == sizeof(float))
-      if (factors == Factors::BYTES) return product<Bytes>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at, next);
-    visit([&](auto e) { product<decltype(e)>(nv, tail, rows, elements, a, a_at, step, w, first, c, c_at, next); });
+      if (factors == Factors::BYTES) return run(Bytes{});
+    visit(run);
+  }
+  // One row over ROW_PANELS whole panels.
+  void multiply_abreast(int nv, int64_t elements, const T* const* a, const T* w, int64_t w_pitch, const T* first, T* const* c, int64_t c_at,
+                        int64_t c_pitch) const {
+    if constexpr (ROW_PANELS > 1) {
+      const auto run = [&](auto e) {
+        visit_tiles<decltype(e)>(nv, [](auto tiles) {
+          return tiles.abreast;
+        })(a, 1, elements, w, first, c, c_at, LANES<T>, Abreast<ROW_PANELS>{w_pitch, c_pitch});
+      };
+      if constexpr (sizeof(T) == sizeof(float))
+        if (factors == Factors::BYTES) return run(Bytes{});
+      visit(run);
+    }
   }
   void gates(const Panels<T>& p, int64_t panel, int64_t k_begin, int64_t k_end, int64_t first_unit, int64_t units, const T* const* gate,
              int64_t pitch, T* to) const {

@@ -326,15 +326,23 @@ struct Sequence {
                     first ? first + a_at(b, s) : nullptr, to, a_at(b, s));
       return;
     }
+    const bool ahead = g.packed && p.fetch_ahead(count);
+    const int64_t c_pitch = p.per_panel * width * L;
     for (int64_t i = 0; i < p.count(); ++i) {
+      if (g.packed && multiply.abreast(count, p.K) && p.whole_abreast(i, down)) {
+        const int64_t panel = down ? p.count() - ROW_PANELS - i : i, at = a_at(0, g.first_slot) + panel * c_pitch;
+        multiply.multiply_abreast(p.nv(panel), p.K, rows_in, g.packed + p.at(panel), p.at(1), first ? first + at : nullptr, to, at, c_pitch);
+        i += ROW_PANELS - 1;
+        continue;
+      }
       const int64_t panel = down ? p.count() - 1 - i : i;
-      const int64_t at = a_at(0, g.first_slot) + panel * p.per_panel * width * L, block = g.packed ? p.K : multiply.block(p.K, GATE_BLOCK);
+      const int64_t at = a_at(0, g.first_slot) + panel * c_pitch, block = g.packed ? p.K : multiply.block(p.K, GATE_BLOCK);
       int64_t k = 0;
       do {
         const int64_t end = least(p.K, k + block);
         if (!g.packed) pack_panel(g, p, panel, k, end, f.panel);
         multiply.multiply(p.nv(panel), L, count, end - k, rows_in, k, 1, g.packed ? g.packed + p.at(panel) : f.panel,
-                          first && k == 0 ? first + at : nullptr, to, at, g.packed ? p.next(g.packed, panel, down, count) : nullptr);
+                          first && k == 0 ? first + at : nullptr, to, at, ahead ? p.next(g.packed, panel, down) : nullptr);
         k = end;
       } while (k < p.K);
     }
@@ -499,7 +507,7 @@ struct Sequence {
     T* kept;                  // [token of a chunk][pitch], likewise
     int64_t base;             // the chunk's first token
     Range rows;               // this worker's in the chunk
-    T *zeros, *sums;          // [MAX_NV·L]; [PRE·H]
+    T *zeros, *sums;          // [ROW_PANELS·MAX_NV·L]; [PRE·H]
     const T** from;
     T** to;
   };
@@ -561,7 +569,7 @@ struct Sequence {
     if (j.recompute) f.again = plan_forward(arena, arena), f.kept = arena.take<T>(tokens * pitch());
     const int64_t pointers = most(most(tokens, PRE * H), most(j.R, j.B));
     for (int64_t i = 0; i < w.count; ++i) {
-      T* zeros = arena.take<T>(MAX_NV * L);
+      T* zeros = arena.take<T>(ROW_PANELS * MAX_NV * L);
       T* sums = arena.take<T>(most(PRE * H, j.R) + L);
       const T** from = arena.take<const T*>(pointers);
       T** to = arena.take<T*>(pointers);
@@ -584,7 +592,7 @@ struct Sequence {
   }
 
   void pack_backward(const Backward& f) const {
-    for (int64_t i = 0; i < MAX_NV * L; ++i) f.zeros[i] = T(0);
+    for (int64_t i = 0; i < ROW_PANELS * MAX_NV * L; ++i) f.zeros[i] = T(0);
     const int64_t first = blocks.begin * L;
     const Columns* const parts[] = {&f.w_early, &f.w_late, &f.w_hr, &f.w_ih};
     for (const Columns* c : parts) {
@@ -793,14 +801,21 @@ struct Sequence {
       return;
     }
     const int64_t block = c.packed ? p.K : row_block(n), depth = multiply.exact() ? 1 : 2;
+    const bool ahead = c.packed && p.fetch_ahead(n);
     int64_t k = 0;
     do {  // blocks outside: a row of the weights is read from one end to the other
       const int64_t end = least(p.K, k + block);
       for (int64_t i = 0; i < p.count(); ++i) {
+        if (c.packed && multiply.abreast(n, p.K) && p.whole_abreast(i, down)) {
+          const int64_t panel = down ? p.count() - ROW_PANELS - i : i;
+          multiply.multiply_abreast(p.nv(panel), p.K, from, c.packed + p.at(panel), p.at(1), first, f.to, at + panel * MAX_NV * L, MAX_NV * L);
+          i += ROW_PANELS - 1;
+          continue;
+        }
         const int64_t panel = down ? p.count() - 1 - i : i;
         if (!c.packed) multiply.rows(p, panel, least(K, end * depth) - k * depth, f.line + k * depth, f.panel);
         multiply.multiply(p.nv(panel), padded ? L : p.tail(panel), n, end - k, from, k, 1, c.packed ? c.packed + p.at(panel) : f.panel,
-                          k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L, c.packed ? p.next(c.packed, panel, down, n) : nullptr);
+                          k == 0 ? first : nullptr, f.to, at + panel * MAX_NV * L, ahead ? p.next(c.packed, panel, down) : nullptr);
       }
       k = end;
     } while (k < p.K);

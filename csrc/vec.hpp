@@ -135,6 +135,11 @@ RNNFAST_INLINE Reg<T> load(const T* p, int n) {
     return (Reg<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
   else
     return (Reg<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#elif !defined(RNNFAST_SCALAR) && defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Reg<T>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+  else
+    return (Reg<T>)_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
 #else
   T part[LANES<T>] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
@@ -150,9 +155,14 @@ RNNFAST_INLINE void store(T* p, Reg<T> v, int n) {
   else
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 #else
-  T part[LANES<T>];
+  T part[LANES<T>];  // by halves, since compilers call a function for what they copy by a loop, and masked stores are slow without AVX-512
   store(part, v);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+  const T* from = part;
+  if constexpr (LANES<T> > 4)
+    if (n & 4) memcpy(p, from, 4 * sizeof(T)), p += 4, from += 4;
+  if constexpr (LANES<T> > 2)
+    if (n & 2) memcpy(p, from, 2 * sizeof(T)), p += 2, from += 2;
+  if (n & 1) *p = *from;
 #endif
 }
 
@@ -357,18 +367,30 @@ RNNFAST_INLINE Reg<float> to_float(Words whole) {  // of a signed whole number
   return __builtin_convertvector(s, Reg<float>);
 #endif
 }
-// sum + a₀ b₀ + … + a₃ b₃ of every lane's bytes, a's without and b's with a sign.
-RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {
+// sum + Σ (aᵢ − BYTE_OFFSET) bᵢ + BYTE_OFFSET Σ bᵢ of every lane's four bytes: a's have a sign like b's, or none and are so much more, as the
+// instruction wants it. No byte is −128.
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512VNNI__)
+constexpr unsigned BYTE_OFFSET = 128;
+RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {
   return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#else
-  for (unsigned i = 0; i < 32; i += 8) {
-    const Words byte = (b >> i) & 0xffu, sign = byte & 0x80u;
-    sum = sum + ((a >> i) & 0xffu) * (byte - sign - sign);
-  }
-  return sum;
-#endif
 }
+#elif !defined(RNNFAST_SCALAR) && defined(__AVX2__) && !defined(__AVX512F__)
+constexpr unsigned BYTE_OFFSET = 0;
+RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {  // |a| · ±b: no two products of bytes pass 16 bits
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)a), _mm256_sign_epi8((__m256i)b, (__m256i)a));
+  return sum + (Words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#else
+constexpr unsigned BYTE_OFFSET = 0;
+RNNFAST_INLINE Words signed_byte(Words a, unsigned at) {
+  const Words byte = (a >> at) & 0xffu, sign = byte & 0x80u;
+  return byte - sign - sign;
+}
+RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {
+  for (unsigned at = 0; at < 32; at += 8) sum = sum + signed_byte(a, at) * signed_byte(b, at);
+  return sum;
+}
+#endif
 RNNFAST_INLINE Reg<float> broadcast_bits(const float* p) {
   uint32_t b;
   memcpy(&b, p, sizeof b);
