@@ -22,6 +22,7 @@ constexpr int MAX_ROWS = REGISTERS == 32 ? 9 : 8;
 constexpr int PACKED_ROWS = 6;  // rows of A packed side by side by pack_columns: one tile or two
 static_assert(PACKED_ROWS % tile_rows(MAX_NV) == 0);
 
+constexpr int64_t FETCH_DISTANCE = 8192;  // bytes
 // One row goes over so many panels at a time: as many sums as hide a multiply-add's latency, and as many streams for the prefetchers.
 constexpr int ROW_PANELS = REGISTERS == 16 && REGISTER_BYTES > 0 ? 2 : 1;
 // Narrow tiles use a panel up so fast that the next, from beyond the second-level cache, would keep them waiting, and read a column of A
@@ -63,8 +64,8 @@ struct Halves {
 };
 
 // Four whole numbers q = round(x / scale), with a scale for each row of A and each column of W, that makes the largest of them 127:
-// Σ x w ≈ scale_x scale_w Σ q_x q_w, summed exactly. A's bytes are q + BYTE_OFFSET, and BYTE_OFFSET Σ q_w is taken off at the end. The header of A is its scale and nothing, that of W its scales and the Σ q_w. Only A's rows and W's gates have this
-// form.
+// Σ x w ≈ scale_x scale_w Σ q_x q_w, summed exactly. A's bytes are q + BYTE_OFFSET, and BYTE_OFFSET Σ q_w is taken off at the end. The
+// header of A is its scale and nothing, that of W its scales and the Σ q_w. Only A's rows and W's gates have this form.
 struct Bytes {
   typedef float type;
   typedef Words Sum;
@@ -101,8 +102,8 @@ struct Bytes {
   static float inverse(float scale) { return scale > 0x1p-120f ? 1 / scale : 0; }  // all else counts as 0, or becomes NaN by its scale
 };
 
-// What else a tile does. Nothing; fetch memory into the second-level cache on its way, one place for each k; or go over several whole panels
-// at a time, so far apart, as do their columns.
+// What else a tile does. Nothing; fetch memory into the second-level cache on its way, so many bytes for each k; or go over several whole
+// panels at a time, so far apart, as do their columns.
 struct Alone {
   static constexpr int PANELS = 1;
   static constexpr int64_t w_pitch = 0, c_pitch = 0;
@@ -115,6 +116,7 @@ struct Fetch {
   int64_t step;
   RNNFAST_INLINE void next() {
     __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + step / 2, 0, 2);
     at += step;
   }
 };
@@ -211,15 +213,16 @@ __attribute__((noinline)) double multiply_in_registers(int64_t rounds) {
 template <class T, class Also>
 using TileFunction = void (*)(const T* const*, int64_t, int64_t, const T*, const T*, T* const*, int64_t, int, Also);
 
-template <class E, class T, int NV, int... MR>
-struct TilesOf {
-  static constexpr TileFunction<T, Alone> of[] = {
-      nullptr, (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV, Alone> : nullptr)...};
-  static constexpr TileFunction<T, Fetch> fetching = tile<E, T, tile_rows(NV), NV, Fetch>;                // of all rows
+template <class E, class T, int NV, class Also, int... MR>
+constexpr TileFunction<T, Also> TILES_OF[] = {nullptr,
+                                              (MR <= tile_rows(NV) ? tile<E, T, (MR <= tile_rows(NV) ? MR : 1), NV, Also> : nullptr)...};
+template <class E, int NV>
+struct Tiles {  // by their rows
+  using T = typename E::type;
+  static constexpr const TileFunction<T, Alone>* of = TILES_OF<E, T, NV, Alone, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
+  static constexpr const TileFunction<T, Fetch>* fetching = TILES_OF<E, T, NV, Fetch, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
   static constexpr TileFunction<T, Abreast<ROW_PANELS>> abreast = tile<E, T, 1, NV, Abreast<ROW_PANELS>>;  // of one
 };
-template <class E, int NV>
-using Tiles = TilesOf<E, typename E::type, NV, 1, 2, 3, 4, 5, 6, 7, 8, 9>;
 
 // f(Tiles<E, nv>{}).
 template <class E, class F>
@@ -258,9 +261,14 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
   do {
     const int64_t k_count = least(K_block, K - k);
     [[maybe_unused]] Fetch fetch{};
-    if constexpr (sizeof...(Next) > 0)  // each of the tiles its part
-      fetch = {reinterpret_cast<const char*>(k + k_count < K ? w + (k + k_count) * width : (next, ...)),
-               ceil_div(width * static_cast<int64_t>(sizeof(T)), most(1, rows / full))};
+    [[maybe_unused]] const bool many = rows >= 2 * full;
+    if constexpr (sizeof...(Next) > 0) {  // each of many tiles its part of what comes next; the first of few what it will read itself
+      const int64_t line = width * static_cast<int64_t>(sizeof(T));
+      if (many)
+        fetch = {reinterpret_cast<const char*>(k + k_count < K ? w + (k + k_count) * width : (next, ...)), ceil_div(line, rows / full)};
+      else
+        fetch = {reinterpret_cast<const char*>(w + k * width) + FETCH_DISTANCE, line};
+    }
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
       const int64_t count = left >= 2 * full || left == full ? full : left > full ? ceil_div(left, 2) : left;
@@ -269,8 +277,9 @@ __attribute__((noinline)) void product(int nv, int tail, int64_t rows, int64_t K
       const T *const block = w + k * width, *const start = k == 0 ? first : nullptr;
       r += count;
       if constexpr (sizeof...(Next) > 0)
-        if (count == full) {
-          visit_tiles<E>(nv, [](auto tiles) { return tiles.fetching; })(at, step, k_count, block, start, c + r - count, c_at, tail, fetch);
+        if (many ? count == full : r == count) {
+          visit_tiles<E>(nv, [=](auto tiles) { return tiles.fetching[count]; })(at, step, k_count, block, start, c + r - count, c_at, tail,
+                                                                                fetch);
           fetch.at += k_count * fetch.step;
           continue;
         }
@@ -298,10 +307,9 @@ struct Panels {
     const int64_t whole = blocks / per_panel - (slots == 1 && blocks % per_panel == 0 && last < LANES<T>);  // the first so many are
     return down ? i >= count() - whole && i + ROW_PANELS <= count() : i + ROW_PANELS <= whole;
   }
-  // Should a product of so many rows fetch the panel after the one that it is at? Few tiles are done so soon that it only pays for what
-  // comes from memory.
+  // Should a product of so many rows fetch what comes next? Few tiles are done so soon that it only pays for what comes from memory.
   bool fetch_ahead(int64_t rows) const {
-    if (!FETCHES_AHEAD || rows < 2 * tile_rows(MAX_NV)) return false;
+    if (!FETCHES_AHEAD || rows < 2) return false;
     return size() * static_cast<int64_t>(sizeof(T)) > (rows < 3 * tile_rows(MAX_NV) ? int64_t{6} << 20 : int64_t{1} << 18);
   }
   // That panel, going `down` or up; null after the last.
@@ -494,7 +502,8 @@ void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, cons
 template <class E, class T>
 __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
   constexpr int P = PACKED_ROWS, L = LANES<T>, D = E::DEPTH;
-  constexpr int64_t K_block = REGISTERS == 32 ? 32 : 16;  // a block of lines stays in the first-level cache while its columns are taken in turn
+  constexpr int64_t K_block =
+      REGISTERS == 32 ? 32 : 16;  // a block of lines stays in the first-level cache while its columns are taken in turn
   const int64_t elements = ceil_div(K, D);
   for (int64_t k0 = 0; k0 < K; k0 += K_block) {
     const int64_t k1 = least(K, k0 + K_block);
@@ -534,6 +543,12 @@ class Products {
     return ROW_PANELS > 1 && rows == 1 && elements > (factors == Factors::BYTES ? Bytes::HEADER : 0);
   }
   bool few(int64_t rows, int64_t most_rows) const { return exact() && 0 < rows && rows <= most_rows; }
+  // Likewise for combine_rows, over rows `pitch` apart: whole pages apart they share their place in the first-level cache, which many
+  // narrow tiles would read again and again.
+  bool few_combined(int64_t rows, int64_t pitch) const {
+    const bool crowded = REGISTERS == 16 && pitch * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+    return few(rows, crowded ? COMBINED_ROWS / 4 - 1 : COMBINED_ROWS);
+  }
 
   // Elements of `rows` rows of K numbers each, as pointers a row: the rows themselves, or `at` after `to` is filled.
   __attribute__((noinline)) const T* const* encode(int64_t K, int64_t rows, const T* const* from, T* to, const T** at) const {
@@ -576,9 +591,8 @@ class Products {
                         int64_t c_pitch) const {
     if constexpr (ROW_PANELS > 1) {
       const auto run = [&](auto e) {
-        visit_tiles<decltype(e)>(nv, [](auto tiles) {
-          return tiles.abreast;
-        })(a, 1, elements, w, first, c, c_at, LANES<T>, Abreast<ROW_PANELS>{w_pitch, c_pitch});
+        visit_tiles<decltype(e)>(nv, [](auto tiles) { return tiles.abreast; })(a, 1, elements, w, first, c, c_at, LANES<T>,
+                                                                               Abreast<ROW_PANELS>{w_pitch, c_pitch});
       };
       if constexpr (sizeof(T) == sizeof(float))
         if (factors == Factors::BYTES) return run(Bytes{});

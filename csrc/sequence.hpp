@@ -331,7 +331,8 @@ struct Sequence {
     for (int64_t i = 0; i < p.count(); ++i) {
       if (g.packed && multiply.abreast(count, p.K) && p.whole_abreast(i, down)) {
         const int64_t panel = down ? p.count() - ROW_PANELS - i : i, at = a_at(0, g.first_slot) + panel * c_pitch;
-        multiply.multiply_abreast(p.nv(panel), p.K, rows_in, g.packed + p.at(panel), p.at(1), first ? first + at : nullptr, to, at, c_pitch);
+        multiply.multiply_abreast(p.nv(panel), p.K, rows_in, g.packed + p.at(panel), p.at(1), first ? first + at : nullptr, to, at,
+                                  c_pitch);
         i += ROW_PANELS - 1;
         continue;
       }
@@ -789,7 +790,7 @@ struct Sequence {
     const Panels<T> p(c.width, 1, elements(K));
     const T* const* from = multiply.encode(K, n, f.from, f.encoded.numbers, f.encoded.rows);
     if (!c.packed) lines(f, c);
-    if (!c.packed && multiply.few(n, COMBINED_ROWS)) {
+    if (!c.packed && multiply.few_combined(n, c.pitch)) {
       const T* a[COMBINED_ROWS];
       T* to[COMBINED_ROWS];
       for (int64_t r = 0; r < n; ++r) to[r] = f.to[r] + at;
@@ -808,7 +809,8 @@ struct Sequence {
       for (int64_t i = 0; i < p.count(); ++i) {
         if (c.packed && multiply.abreast(n, p.K) && p.whole_abreast(i, down)) {
           const int64_t panel = down ? p.count() - ROW_PANELS - i : i;
-          multiply.multiply_abreast(p.nv(panel), p.K, from, c.packed + p.at(panel), p.at(1), first, f.to, at + panel * MAX_NV * L, MAX_NV * L);
+          multiply.multiply_abreast(p.nv(panel), p.K, from, c.packed + p.at(panel), p.at(1), first, f.to, at + panel * MAX_NV * L,
+                                    MAX_NV * L);
           i += ROW_PANELS - 1;
           continue;
         }
@@ -821,11 +823,11 @@ struct Sequence {
     } while (k < p.K);
   }
 
-  // Do the products over a chunk's tokens take da and the operands as they stand? What is there but once, as what `recompute` makes of them,
-  // must not be needed when a worker that is ahead goes on to the next chunk.
+  // Do the products over a chunk's tokens take da and the operands as they stand? What is there but once, as what `recompute` makes of
+  // them, must not be needed when a worker that is ahead goes on to the next chunk.
   bool as_they_stand(int64_t tokens) const {
     const bool only_one = j.recompute || multiply.packs_columns();
-    return multiply.few(tokens, COMBINED_ROWS) && (!only_one || tokens == j.start[j.T]);
+    return multiply.few_combined(tokens, most(j.I, 1)) && multiply.few_combined(tokens, S) && (!only_one || tokens == j.start[j.T]);
   }
 
   // Side by side for the products over a chunk's tokens: the operands, and daᵀ where it is packed. Each worker packs its share.
