@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 from collections import defaultdict
@@ -211,8 +212,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)] + [""]
 
 
-def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
-    """The whole page; `plots` are file names and their captions."""
+def page(shapes: Sequence[Shape], plots: dict[str, str], command: str, method: str) -> str:
+    """The whole page; `plots` are file names and their captions, `method` is where bench/README.md lies from there."""
     machine = shapes[-1].ours["machine"]
     threads = machine["cores"]
     builds = {(s.ours["machine"]["cpu"], s.ours["machine"].get("kernels")) for s in shapes}
@@ -230,7 +231,7 @@ def page(shapes: Sequence[Shape], plots: dict[str, str], command: str) -> str:
         f"- **1 thread / all threads**: what rnnfast must use; all are {threads} here. A peer may use fewer where that is faster for it.",
         "- T time steps, B rows, I inputs, H units, L layers, D directions, V symbols. Training is forward and backward to every gradient.",
         "",
-        "How shapes are chosen and times are taken: [bench/README.md](../../bench/README.md).",
+        f"How shapes are chosen and times are taken: [bench/README.md]({method}).",
         "",
     ]
     groups: dict[str, list[Claim]] = defaultdict(list)
@@ -455,7 +456,8 @@ def main(arguments: list[str]) -> int:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         plots = plot(shapes, options.out)
-    text = page(shapes, plots, options.command)
+    method = os.path.relpath(pathlib.Path(__file__).with_name("README.md"), options.out or ".")
+    text = page(shapes, plots, options.command, method)
     notes = options.out / "notes.md" if options.out else None
     if notes and notes.exists():  # what a person found out about the figures
         text += "\n" + notes.read_text()

@@ -25,6 +25,7 @@ import peers
 import timing
 from shapes import LISTS, PRECISION, Shape
 
+NO_PRIMITIVE = "could not create a primitive"  # what torch says of its bfloat16 LSTM where the CPU has no such instructions
 WRONG = 0.5  # of the largest entry: an error that no rounding to less precision explains
 
 
@@ -37,7 +38,13 @@ def measure(shape: Shape, libraries: tuple[str, ...], rounds: int, seconds: floa
     if shape.name == PRECISION:
         candidates = peers.reduced(problem, libraries)
         for side in _one_a_mode([*ours, *candidates]):
-            notes[side.library, side.mode] = {"errors": errors(problem, side)}
+            try:
+                notes[side.library, side.mode] = {"errors": errors(problem, side)}
+            except RuntimeError as error:
+                if NO_PRIMITIVE not in str(error):
+                    raise
+                print(f"left out, since this CPU cannot run it: {side.library}, {side.mode}", file=sys.stderr)
+        candidates = [side for side in candidates if (side.library, side.mode) in notes]
     else:
         candidates = peers.sides(problem, libraries)
         mine = [timing.results(side) for side in ours]
