@@ -154,6 +154,9 @@ struct Sequence {
   T* tape_c(int64_t t, int64_t r) const { return out(j.tape) + j.start[j.T] * tape_pitch() + (j.start[t] + r) * Hp; }
   T* history() const { return out(j.tape) + history_at(); }
   static int64_t kept_at(int64_t block, int k) { return (block * L / TAPE_BLOCK * Cell::KEPT + k) * TAPE_BLOCK + block * L % TAPE_BLOCK; }
+  // Where the tape's blocks are wider than this target's, the worker with the last of these also fills the tape's last, up to this end, so
+  // that equal calls leave equal tapes.
+  int64_t tape_end() const { return blocks.size() > 0 && blocks.end == ceil_div(H, L) ? Hp / L : 0; }
   // The operand of step s lies here, newest first; y of step s goes R below.
   T* window(T* past, int64_t r, int64_t s) const { return past + r * history_pitch() + (j.T - s) * j.R; }
 
@@ -409,6 +412,7 @@ struct Sequence {
         store(sums + a_at(b - blocks.begin, 0), v[0]);
         store(q + b * L, q_value);
       }
+    for (int64_t b = blocks.end; b < tape_end(); ++b) store(q + b * L, all(T(0)));
   }
   // From a token's sums to what it shows and what it keeps (not asked for where null).
   void ending(const Forward& f, const T* sums, const T* c_prev, T* kept_row, T* c_row, T* cells_row, T* h_row) const {
@@ -423,6 +427,10 @@ struct Sequence {
       if (Cell::CARRIES && c_row) store(c_row + b * L, c);
       if (Cell::CARRIES && cells_row) store(cells_row + b * L, c, lanes(b));
       if (h_row) store(h_row + b * L, h, lanes(b));
+    }
+    for (int64_t b = blocks.end; b < tape_end(); ++b) {
+      for (int k = 0; kept_row && k < Cell::KEPT; ++k) store(kept_row + kept_at(b, k), all(T(0)));
+      if (Cell::CARRIES && c_row) store(c_row + b * L, all(T(0)));
     }
   }
 

@@ -367,8 +367,8 @@ RNNFAST_INLINE Reg<float> to_float(Words whole) {  // of a signed whole number
   return __builtin_convertvector(s, Reg<float>);
 #endif
 }
-// sum + Σ (aᵢ − BYTE_OFFSET) bᵢ + BYTE_OFFSET Σ bᵢ of every lane's four bytes: a's have a sign like b's, or none and are so much more, as
-// the instruction wants it. No byte is −128.
+// sum + a₀ b₀ + … + a₃ b₃ of every lane's bytes: b's have a sign, and a's too where BYTE_OFFSET, which makes room for it, is 0. None is
+// −128.
 #if !defined(RNNFAST_SCALAR) && defined(__AVX512VNNI__)
 constexpr unsigned BYTE_OFFSET = 128;
 RNNFAST_INLINE Words add_byte_products(Words a, Words b, Words sum) {

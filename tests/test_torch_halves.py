@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Under autocast torch's LSTM has no primitive for these: it raises, or gives now float32, now the half.
+LACKING = {torch.float16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float16, torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +61,8 @@ def test_dtypes_are_torchs_and_errors_no_larger(name: str, half: str, under: boo
     ours = fast.convert(copy.deepcopy(theirs))
     b = results(ours, run, x)
     assert is_ours(run(ours, x))
-    if name == "LSTM" and under and dtype == torch.float16:  # torch has no primitive for it
-        assert all(t.dtype == dtype for t in b[:3]) and max(distances(b, exact)) < 2e-3
+    if name == "LSTM" and under and dtype in LACKING:
+        assert all(t.dtype == dtype for t in b[:3]) and max(distances(b, exact)) < (2e-3 if dtype == torch.float16 else 1.6e-2)
         return
     a = results(theirs, run, x)
     assert [t.dtype for t in b] == [t.dtype for t in a]
@@ -83,8 +85,8 @@ def test_what_torch_refuses_is_refused_and_what_it_takes_is_taken(name: str, dty
         (torch.ones(shape, dtype=dtype), h, False), (torch.ones(shape), h.to(dtype), False), (torch.ones(shape, dtype=dtype), h, True),
         (torch.ones(shape), h.to(dtype), True), (torch.ones(shape, dtype=torch.float64), h, True), (torch.ones(shape), h.double(), True),
     ):  # fmt: skip
-        if name == "LSTM" and on and torch.float16 in (x.dtype, state.dtype):
-            continue  # torch gives now float32, now float16
+        if name == "LSTM" and on and (dtype == torch.bfloat16 or torch.float16 in (x.dtype, state.dtype)) and dtype in LACKING:
+            continue
         hx: Any = (state, state) if name.startswith("LSTM") else state
         found: list[Any] = []
         for m in (theirs, ours):
