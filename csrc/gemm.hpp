@@ -22,11 +22,11 @@ constexpr int MAX_ROWS = REGISTERS == 32 ? 9 : 8;
 constexpr int PACKED_ROWS = 6;  // rows of A packed side by side by pack_columns: one tile or two
 static_assert(PACKED_ROWS % tile_rows(MAX_NV) == 0);
 
-constexpr int64_t FETCH_DISTANCE = 8192;  // bytes
+constexpr int64_t FETCH_DISTANCE = 8192;  // bytes, of what a tile over few rows fetches of its own panel
 // One row goes over so many panels at a time: as many sums as hide a multiply-add's latency, and as many streams for the prefetchers.
 constexpr int ROW_PANELS = REGISTERS == 16 && REGISTER_BYTES > 0 ? 2 : 1;
 // Narrow tiles use a panel up so fast that the next, from beyond the second-level cache, would keep them waiting, and read a column of A
-// from a line of its own for every k. Tiles of wide registers were not seen to gain.
+// from a line of its own for every k. For wider registers fetching has not been measured.
 constexpr bool FETCHES_AHEAD = REGISTERS == 16, PACKS_COLUMNS = REGISTERS == 16;
 
 RNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -502,8 +502,8 @@ void combine_rows(int64_t rows, const T* const* a, int64_t step, int64_t K, cons
 template <class E, class T>
 __attribute__((noinline)) void pack_columns(int64_t m0, int64_t m1, int64_t columns, int64_t K, const T* from, int64_t pitch, T* to) {
   constexpr int P = PACKED_ROWS, L = LANES<T>, D = E::DEPTH;
-  constexpr int64_t K_block =
-      REGISTERS == 32 ? 32 : 16;  // a block of lines stays in the first-level cache while its columns are taken in turn
+  // A block of lines stays in the first-level cache while its columns are taken in turn.
+  constexpr int64_t K_block = REGISTERS == 32 ? 32 : 16;
   const int64_t elements = ceil_div(K, D);
   for (int64_t k0 = 0; k0 < K; k0 += K_block) {
     const int64_t k1 = least(K, k0 + K_block);
