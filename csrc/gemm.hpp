@@ -546,7 +546,7 @@ class Products {
   // Likewise for combine_rows, over rows `pitch` apart: whole pages apart they share their place in the first-level cache, which many
   // narrow tiles would read again and again.
   bool few_combined(int64_t rows, int64_t pitch) const {
-    const bool crowded = REGISTERS == 16 && pitch * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+    const bool crowded = REGISTERS == 16 && pitch > 0 && pitch * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
     return few(rows, crowded ? COMBINED_ROWS / 4 - 1 : COMBINED_ROWS);
   }
 

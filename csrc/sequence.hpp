@@ -835,7 +835,7 @@ struct Sequence {
   // them, must not be needed when a worker that is ahead goes on to the next chunk.
   bool as_they_stand(int64_t tokens) const {
     const bool only_one = j.recompute || multiply.packs_columns();
-    return multiply.few_combined(tokens, most(j.I, 1)) && multiply.few_combined(tokens, S) && (!only_one || tokens == j.start[j.T]);
+    return multiply.few_combined(tokens, j.I) && multiply.few_combined(tokens, S) && (!only_one || tokens == j.start[j.T]);
   }
 
   // Side by side for the products over a chunk's tokens: the operands, and daᵀ where it is packed. Each worker packs its share.
